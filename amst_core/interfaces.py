@@ -1,0 +1,480 @@
+"""The plugin boundary: what a plugin implements (ABCs) and what crosses it (frozen dataclasses).
+
+Standard library only, so that a plugin can be read and tested with this one module beside it. A transport
+moves opaque frames; it never parses one, never sees a key and never touches a file's name.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import ClassVar, Final, Self, TypeAlias
+
+from .errors import BrokenError, ProtocolError
+
+API_VERSION: Final = 1
+"""Version of this boundary. A plugin object whose ``api_version`` differs is refused by name."""
+
+HEADER_SIZE: Final = 32
+"""Bytes of a frame header on every lane (docs/wire-format.md)."""
+
+
+# ---- values -------------------------------------------------------------------------------
+
+
+class Capability(enum.Flag):
+    """What a transport can do beyond moving frames."""
+
+    NONE = 0
+    SECURE = enum.auto()
+    """Its lanes encrypt and authenticate by themselves; the core then skips its own AEAD."""
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """A place for bytes that nobody needs: read ``length`` bytes from the lane and drop them."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+Place: TypeAlias = memoryview | Discard
+"""Where a payload goes. A transport fills it to the last byte before ``recv_frame`` returns."""
+
+Placer: TypeAlias = Callable[[memoryview], Place]
+"""Given a frame's header (valid during the call only), says where its payload goes and how long it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A parsed ``scheme://host:port``: where a peer's control listener is."""
+
+    scheme: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Advertisement:
+    """How to reach one transport of the peer.
+
+    ``tag`` is the number by which the peer's listener knows the transport; ``address`` is empty for a
+    transport that lives on the core's TCP listener, otherwise the transport's own form of address.
+    """
+
+    transport: str
+    tag: int
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRequest:
+    """What a transport needs to open one lane.
+
+    ``host`` and ``port`` are where the control connection reached the peer. ``preamble`` must be the first
+    bytes on a connection made to the core's TCP listener; a transport with its own listener ignores it.
+    """
+
+    advertisement: Advertisement
+    host: str
+    port: int
+    preamble: bytes
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LaneTimeouts:
+    """Time limits of a lane's I/O, in seconds.
+
+    ``read_s`` bounds a pause in the middle of a frame (an idle lane may wait for ever), ``write_s`` a send
+    that makes no progress, ``unacknowledged_s`` how long sent bytes may stay unacknowledged by the
+    peer's kernel, ``keepalive_s`` the idle time before the first keepalive probe.
+    """
+
+    read_s: float = 60.0
+    write_s: float = 60.0
+    unacknowledged_s: float = 120.0
+    keepalive_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class PathStats:
+    """What a lane knows about its path. None means unknown, which is not zero.
+
+    Times in seconds, rates in bytes/s, ``cwnd`` in bytes; counters are totals since the lane opened.
+    """
+
+    rtt_s: float | None = None
+    min_rtt_s: float | None = None
+    cwnd: int | None = None
+    pacing_rate: float | None = None
+    delivery_rate: float | None = None
+    app_limited: bool | None = None
+    segments_sent: int | None = None
+    segments_retransmitted: int | None = None
+    bytes_retransmitted: int | None = None
+    mss: int | None = None
+    congestion: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What `Transport.probe` found: would it work here, how well, and why (not)."""
+
+    transport: str
+    usable: bool
+    reason: str
+    score: float = 0.0
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AckSample:
+    """One acknowledgement as a congestion controller sees it. Times in seconds, sizes in bytes.
+
+    ``prior_in_flight`` and ``prior_delivered`` are the values when the newest acknowledged packet left;
+    ``delivery_rate`` (bytes/s) is None when the sample allows no estimate.
+    """
+
+    now: float
+    sent_at: float
+    acked: int
+    lost: int
+    rtt: float | None
+    in_flight: int
+    prior_in_flight: int
+    delivered: int
+    prior_delivered: int
+    delivery_rate: float | None
+    app_limited: bool
+    round_start: bool
+    ecn_ce: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PathSample:
+    """One observation of a path by the core, for a `ModeDetector`.
+
+    ``bandwidth`` is goodput in bytes/s, None when nothing limited it but the application; ``loss`` is the
+    fraction of segments retransmitted, None when too few were sent to tell.
+    """
+
+    latency_s: float | None
+    bandwidth: float | None
+    loss: float | None
+
+
+class Mode(enum.Enum):
+    """Which profile carries the transfers."""
+
+    DATACENTER = "datacenter"
+    INTERNET = "internet"
+    HYBRID = "hybrid"
+
+
+@dataclass(frozen=True, slots=True)
+class ModeDecision:
+    """A detector's answer; ``tier`` is 1–4 by latency (requirements F5)."""
+
+    mode: Mode
+    tier: int
+    reason: str
+
+
+# ---- what a transport plugin writes -------------------------------------------------------
+
+
+class Lane(ABC):
+    """One full-duplex pipe between two peers that keeps frames whole and in order.
+
+    Thread rules: at most one thread sends and one receives at a time; ``close``, ``abort`` and the
+    statistics may be called from any thread. After an exception from ``send_frame`` or ``recv_frame`` the
+    lane is dead: the core aborts it and never uses it again.
+    """
+
+    @abstractmethod
+    def send_frame(self, header: bytes, payload: memoryview) -> None:
+        """Send ``header`` (`HEADER_SIZE` bytes) and ``payload`` whole, blocking while the path is full.
+
+        Raises:
+            ClosedError: this side closed or aborted the lane.
+            BrokenError: the peer or the path is gone, or nothing moved for the write timeout.
+        """
+
+    @abstractmethod
+    def recv_frame(self, place: Placer) -> bytes | None:
+        """Wait for a frame, put its payload where ``place`` says; return its header, None at a clean end.
+
+        An exception from ``place`` is passed on unchanged.
+
+        Raises:
+            ClosedError: this side closed or aborted the lane.
+            BrokenError: the connection ended inside a frame, or paused there past the read timeout.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let what was sent reach the peer, then close. Idempotent, returns at once."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Drop everything now and wake blocked threads. Idempotent, never blocks, never raises."""
+
+    def path_stats(self) -> PathStats:
+        """Statistics of the path, cheap enough for ten calls a second; never raises."""
+        return PathStats()
+
+    @property
+    def description(self) -> str:
+        """The two ends in a form a person can look up (``ss -t``), for logs and error messages."""
+        return type(self).__name__
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class StreamLane(Lane):
+    """Frames over any byte stream: a stream transport fills in `write` and `read_into`."""
+
+    def __init__(self) -> None:
+        self._header = bytearray(HEADER_SIZE)
+        self._header_view = memoryview(self._header)
+        self._scratch: bytearray | None = None
+
+    @abstractmethod
+    def write(self, parts: Sequence[memoryview]) -> int:
+        """Write some of ``parts`` (gathered, none empty), at least one byte; return how many went out."""
+
+    @abstractmethod
+    def read_into(self, view: memoryview, *, idle: bool) -> int:
+        """Read at least one byte into ``view``; 0 means the peer finished.
+
+        ``idle`` is true between frames, where waiting is legitimate; otherwise the read timeout applies.
+        """
+
+    def send_frame(self, header: bytes, payload: memoryview) -> None:
+        parts = [memoryview(header), payload] if payload.nbytes else [memoryview(header)]
+        left = HEADER_SIZE + payload.nbytes
+        while True:
+            done = self.write(parts)
+            left -= done
+            if not left:
+                return
+            while done >= parts[0].nbytes:
+                done -= parts.pop(0).nbytes
+            parts[0] = parts[0][done:]
+
+    def recv_frame(self, place: Placer) -> bytes | None:
+        if not self._fill(self._header_view, idle=True):
+            return None
+        target = place(self._header_view)
+        if isinstance(target, Discard):
+            self._discard(target.length)
+        elif target.nbytes:
+            self._fill(target, idle=False)
+        return bytes(self._header)
+
+    def _fill(self, view: memoryview, *, idle: bool) -> bool:
+        got, size = 0, view.nbytes
+        while got < size:
+            step = self.read_into(view[got:] if got else view, idle=idle and not got)
+            if not step:
+                if idle and not got:
+                    return False
+                raise BrokenError("the peer closed the connection inside a frame")
+            got += step
+        return True
+
+    def _discard(self, length: int) -> None:
+        if self._scratch is None:
+            self._scratch = bytearray(65536)
+        view = memoryview(self._scratch)
+        while length:
+            step = min(length, len(view))
+            self._fill(view[:step], idle=False)
+            length -= step
+
+
+class Transport(ABC):
+    """A way to open lanes to a peer. Construction is cheap and touches no device."""
+
+    name: ClassVar[str]
+    api_version: ClassVar[int] = API_VERSION
+    capabilities: ClassVar[Capability] = Capability.NONE
+
+    @abstractmethod
+    def probe(self, peer: Endpoint | None) -> Candidate:
+        """Say whether this transport would work here (towards ``peer`` if given). Never raises, quick."""
+
+    @abstractmethod
+    def advertise(self, tag: int, deliver: Callable[[Lane], None]) -> Advertisement:
+        """Make this side reachable and say how.
+
+        A transport with a listener of its own starts it now and hands each new lane to ``deliver`` (any
+        thread). One that lives on the core's TCP listener only answers; its lanes come through `adopt`.
+        """
+
+    @abstractmethod
+    def connect(self, request: LaneRequest, timeouts: LaneTimeouts) -> Lane:
+        """Open one lane to the peer.
+
+        Raises:
+            ConnectError: the peer cannot be reached within ``request.timeout_s``; says what was tried.
+        """
+
+    def adopt(self, sock: socket.socket, timeouts: LaneTimeouts) -> Lane:
+        """Turn a connection that the core's listener accepted (preamble already read) into a lane.
+
+        Raises:
+            ProtocolError: this transport takes no connections from the core's listener.
+        """
+        raise ProtocolError(f"transport {self.name!r} takes no connections from the TCP listener")
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release listeners, devices and threads. Idempotent. Lanes already handed out live on."""
+
+
+# ---- congestion control, modes, metrics ---------------------------------------------------
+
+
+class CongestionController(ABC):
+    """A pure state machine: no clock, no I/O, no logging. ``now`` is passed in; bytes and seconds."""
+
+    name: ClassVar[str]
+    api_version: ClassVar[int] = API_VERSION
+    kernel_name: ClassVar[str | None] = None
+    """What TCP_CONGESTION calls this algorithm, None when no kernel has it."""
+
+    @property
+    @abstractmethod
+    def window(self) -> int:
+        """Bytes that may be in flight (cwnd)."""
+
+    @property
+    @abstractmethod
+    def pacing_rate(self) -> float | None:
+        """Bytes/s, or None to let the pacer use window / smoothed RTT."""
+
+    @abstractmethod
+    def on_sent(self, *, now: float, size: int, in_flight: int, app_limited: bool) -> None:
+        """``size`` bytes left; ``in_flight`` counts them."""
+
+    @abstractmethod
+    def on_ack(self, sample: AckSample) -> None:
+        """Bytes were acknowledged."""
+
+    @abstractmethod
+    def on_loss(self, *, now: float, sent_at: float, lost: int, in_flight: int, persistent: bool) -> None:
+        """``lost`` bytes are gone. ``sent_at`` lets a controller react once per round trip."""
+
+    @abstractmethod
+    def state(self) -> Mapping[str, float | str]:
+        """The controller's variables for metrics and traces (``ssthresh``, ``btl_bw``, ``mode``...)."""
+
+
+class ModeDetector(ABC):
+    """Decides which mode fits a path. Pure: ``now`` is passed in. Must have hysteresis."""
+
+    name: ClassVar[str]
+    api_version: ClassVar[int] = API_VERSION
+
+    @abstractmethod
+    def update(self, sample: PathSample, *, now: float) -> ModeDecision:
+        """Take one sample and answer with the mode in force and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamHealth:
+    """Health of one stream, i.e. lane (requirements A3). ``last_active`` is a monotonic time."""
+
+    id: int
+    transport: str
+    healthy: bool
+    bytes_sent: int
+    bytes_received: int
+    last_active: float
+    last_error: str | None
+    reconnects: int
+    consecutive_failures: int
+    path: PathStats
+
+
+@dataclass(frozen=True, slots=True)
+class SessionMetrics:
+    """A session's numbers at one instant (requirements A2); totals since it opened.
+
+    Throughput is the larger direction over the last 5 s; utilisation relates it to the sum of the
+    lanes' estimated delivery rates; None means not yet known.
+    """
+
+    session_id: str
+    remote_addr: str
+    transport_type: str
+    mode: str
+    congestion: str | None
+    congestion_backend: str | None
+    active_streams: int
+    total_streams: int
+    failed_connections: int
+    bytes_sent: int
+    bytes_received: int
+    retransmitted_bytes: int
+    throughput_mbps: float
+    average_latency_s: float | None
+    packet_loss_rate: float | None
+    bandwidth_utilization_percent: float | None
+    lane_failures: int
+    healthy: bool
+    last_error: str | None
+    last_health_check: float | None
+    streams: tuple[StreamHealth, ...] = ()
+
+
+class MetricsSource(ABC):
+    """Where an exporter reads numbers when it is scraped."""
+
+    @abstractmethod
+    def collect(self) -> Sequence[SessionMetrics]:
+        """Numbers of every live session."""
+
+
+class MetricsExporter(ABC):
+    """Publishes a `MetricsSource`; pulls when scraped, is never called per chunk."""
+
+    name: ClassVar[str]
+    api_version: ClassVar[int] = API_VERSION
+
+    @abstractmethod
+    def start(self, source: MetricsSource) -> str:
+        """Begin to publish ``source``; return where, for the log."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop publishing. Idempotent."""
+
+
+# ---- framing constants a stream transport may need -----------------------------------------
+
+PREAMBLE: Final = struct.Struct("!6sH")
+"""First bytes of a lane's connection to the core's listener: magic, then the transport's tag."""
+
+PREAMBLE_MAGIC: Final = b"AMSTL\x01"

@@ -1,0 +1,272 @@
+"""Control messages: what travels on the control channel, inside TLS (docs/wire-format.md).
+
+A record is a u32 length, a u8 type and the body: the fields in the order of the dataclass. Adding a field
+or a message is a new protocol version; what may vary without one travels in attributes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, TypeAlias
+
+from ..errors import ProtocolError
+from .fields import U8, U16, U32, U64, Addresses, Attributes, Bytes, Codec, Credits, Held, Reader, Text, U16s
+
+PROTOCOL_VERSION: Final = 1
+SIZE_UNKNOWN: Final = (1 << 64) - 1
+MAX_RECORD: Final = 1 << 20
+"""Longest record after the proof; before it, `MAX_RECORD_UNPROVEN` holds."""
+MAX_RECORD_UNPROVEN: Final = 4096
+_PREFIX: Final = struct.Struct("!IB")
+
+
+# transfer kinds (Open.kind)
+MESSAGE: Final = 1
+PIPE: Final = 2
+FILE: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First record of either side: versions it speaks, a fresh nonce, and facts without secrets."""
+
+    TYPE: ClassVar[int] = 1
+    versions: U16s
+    nonce: Bytes
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Knowledge of the token, bound to the TLS certificate and both nonces (docs/security.md)."""
+
+    TYPE: ClassVar[int] = 2
+    mac: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """After the proof: this side's half of the session secret, its limits, and its transports."""
+
+    TYPE: ClassVar[int] = 3
+    secret: Bytes
+    max_chunk: U32
+    max_open: U32
+    initial_credit: U64
+    transports: Addresses
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRequest:
+    """Opener: grant me ``count`` more lanes. Acceptor: please run ``count`` lanes in all."""
+
+    TYPE: ClassVar[int] = 4
+    count: U16
+    transport: Text
+
+
+@dataclass(frozen=True, slots=True)
+class LaneGrant:
+    """Acceptor: the incarnations ``first`` … ``first + count - 1`` may each admit one lane."""
+
+    TYPE: ClassVar[int] = 5
+    first: U64
+    count: U16
+    transport: Text
+
+
+@dataclass(frozen=True, slots=True)
+class LaneLost:
+    """This side saw that lane die (or found damage on it); the other drops it too."""
+
+    TYPE: ClassVar[int] = 6
+    incarnation: U64
+    kind: Text
+    message: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A transfer begins. ``request`` is the peer's request it answers, 0 for none."""
+
+    TYPE: ClassVar[int] = 7
+    transfer: U64
+    kind: U8
+    size: U64
+    request: U64
+    channel: Text
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """What the receiver holds, verified: cumulative, so that a lost or late ACK does no harm."""
+
+    TYPE: ClassVar[int] = 9
+    held: Held
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """Per transfer, the offset up to which the sender may send; never falls."""
+
+    TYPE: ClassVar[int] = 10
+    limits: Credits
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The transfer has ``total`` bytes and its source was whole when the last of them was read."""
+
+    TYPE: ClassVar[int] = 11
+    transfer: U64
+    total: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Receiver's verdict; an empty ``kind`` means held whole, verified and (a file) under its name."""
+
+    TYPE: ClassVar[int] = 12
+    transfer: U64
+    kind: Text
+    message: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Sender gives the transfer up; the receiver drops what it has of it."""
+
+    TYPE: ClassVar[int] = 13
+    transfer: U64
+    kind: Text
+    message: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Ask the peer for something: see `amst_core.wire.requests` for the operations."""
+
+    TYPE: ClassVar[int] = 14
+    request: U64
+    operation: Text
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to a `Request`; an empty ``kind`` means done."""
+
+    TYPE: ClassVar[int] = 15
+    request: U64
+    kind: Text
+    message: Text
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    TYPE: ClassVar[int] = 16
+    token: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    TYPE: ClassVar[int] = 17
+    token: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The session ends; an empty ``kind`` is an orderly end."""
+
+    TYPE: ClassVar[int] = 20
+    kind: Text
+    message: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Receiver: a copy of this span was dropped as a duplicate and the other copy failed; send it again."""
+
+    TYPE: ClassVar[int] = 21
+    transfer: U64
+    offset: U64
+    length: U32
+
+
+Message: TypeAlias = (
+    Hello | Proof | Params | LaneRequest | LaneGrant | LaneLost | Open | Ack | Credit | End | Result | Reset
+    | Request | Reply | Ping | Pong | Close | Missing
+)  # fmt: skip
+
+RESERVED: Final = {8: "OPENED", 18: "PROPOSE", 19: "ACCEPT"}
+"""Numbers kept for what is designed and not built yet."""
+
+
+def _codecs(message: type[Any]) -> tuple[tuple[str, Codec], ...]:
+    hints = typing.get_type_hints(message, include_extras=True)
+    return tuple((f.name, typing.get_args(hints[f.name])[1]) for f in dataclasses.fields(message))
+
+
+_MESSAGES: Final = {cls.TYPE: (cls, _codecs(cls)) for cls in typing.get_args(Message)}
+_FIELDS: Final = {cls: codecs for cls, codecs in _MESSAGES.values()}
+
+
+def encode(message: Message) -> bytes:
+    """One record: length, type, fields."""
+    body = b"".join(codec.encode(getattr(message, name)) for name, codec in _FIELDS[type(message)])
+    return _PREFIX.pack(1 + len(body), message.TYPE) + body
+
+
+def decode(type_number: int, body: bytes) -> Message:
+    """Rebuild a message.
+
+    Raises:
+        ProtocolError: unknown type, a field out of bounds, or bytes left over.
+    """
+    if type_number not in _MESSAGES:
+        known = RESERVED.get(type_number)
+        raise ProtocolError(f"message type {type_number}" + (f" ({known}) is not built yet" if known else " is unknown"))
+    cls, codecs = _MESSAGES[type_number]
+    reader = Reader(body)
+    try:
+        values = [codec.decode(reader) for _, codec in codecs]
+        reader.finish()
+    except ProtocolError as err:
+        raise ProtocolError(f"{cls.__name__.upper()}: {err}") from err
+    message: Message = cls(*values)
+    return message
+
+
+class RecordReader:
+    """Cuts a byte stream into messages, whatever the boundaries it arrives in."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self.max_record = MAX_RECORD_UNPROVEN
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def next_message(self) -> Message | None:
+        """The next whole message, None when more bytes are needed.
+
+        Raises:
+            ProtocolError: a record longer than allowed at this point, or one that does not decode.
+        """
+        if len(self._buffer) < _PREFIX.size:
+            return None
+        length, type_number = _PREFIX.unpack_from(self._buffer)
+        if not 1 <= length <= self.max_record:
+            raise ProtocolError(f"control record of {length} bytes; {self.max_record} are allowed here")
+        end = 4 + length
+        if len(self._buffer) < end:
+            return None
+        body = bytes(self._buffer[_PREFIX.size : end])
+        del self._buffer[:end]
+        return decode(type_number, body)
