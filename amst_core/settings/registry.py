@@ -1,0 +1,234 @@
+"""The one list of settings: name, kind, default, bounds, help. Validation, defaults and documentation come from it.
+
+``python -m amst_core.settings.registry`` prints the table of docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+from ..errors import UsageError
+from ..units import format_duration, format_size, parse_duration, parse_size
+
+Value: TypeAlias = int | float | bool
+
+PREFIX: Final = "AMST_"
+"""What the names of environment variables start with."""
+
+PLUGINS: Final = "plugins"
+"""The section that is handed to plugins as it is: ``plugins.<name>.<option>``."""
+
+_KIB: Final = 1024
+_MIB: Final = 1024 * _KIB
+_GIB: Final = 1024 * _MIB
+_TIB: Final = 1024 * _GIB
+_MINUTE_S: Final = 60.0
+_HOUR_S: Final = 3600.0
+
+_WHOLE: Final = re.compile(r"\+?[0-9]{1,18}")
+_WORDS: Final = {
+    "true": True, "yes": True, "on": True, "1": True,
+    "false": False, "no": False, "off": False, "0": False,
+}  # fmt: skip
+
+
+class Kind(enum.StrEnum):
+    """How a value is written; the enum's value is the word the documentation uses."""
+
+    COUNT = "integer"
+    KIB = "integer (KiB)"
+    SIZE = "size"
+    DURATION = "duration"
+    FLAG = "true or false"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One setting. ``default``, ``low`` and ``high`` (inclusive) are in bytes, seconds or plain numbers."""
+
+    name: str
+    kind: Kind
+    default: Value
+    help: str
+    example: str
+    low: Value = False
+    high: Value = True
+
+    @property
+    def section(self) -> str:
+        """The name without its last part."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def field(self) -> str:
+        """The attribute that holds the value in `values`."""
+        return self.name.rpartition(".")[2].removesuffix("_kb")
+
+    @property
+    def allowed(self) -> str:
+        """What may be written, as one phrase."""
+        if self.kind is Kind.FLAG:
+            return self.kind.value
+        unit = " KiB" if self.kind is Kind.KIB else ""
+        what = {Kind.SIZE: "a size", Kind.DURATION: "a duration"}.get(self.kind, "an integer")
+        return f"{what} from {self.show(self.low)} to {self.show(self.high)}{unit}, such as {self.example}"
+
+    def parse(self, value: object) -> Value:
+        """Read a value from a file, a variable or an argument into this key's natural unit.
+
+        Raises:
+            UsageError: wrong type, not readable, or out of bounds; the message says what is allowed.
+        """
+        try:
+            read = self._read(value)
+        except UsageError:
+            read = None
+        if read is None or not self.low <= read <= self.high:
+            raise UsageError(f"must be {self.allowed}")
+        return read
+
+    def show(self, value: Value) -> str:
+        """Write a value of this key as a settings file has it."""
+        if self.kind is Kind.FLAG:
+            return "true" if value else "false"
+        if self.kind is Kind.SIZE:
+            return format_size(int(value))
+        if self.kind is Kind.DURATION:
+            return format_duration(value)
+        return str(int(value) // _KIB if self.kind is Kind.KIB else value)
+
+    def _read(self, value: object) -> Value | None:
+        if self.kind is Kind.FLAG:
+            if isinstance(value, str):
+                return _WORDS.get(value.strip().lower())
+            return value if isinstance(value, bool) else None
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            return None
+        if self.kind is Kind.DURATION:
+            return parse_duration(value)
+        if isinstance(value, float):
+            return None
+        if self.kind is Kind.SIZE:
+            return parse_size(value)
+        if isinstance(value, str):
+            if not _WHOLE.fullmatch(value.strip()):
+                return None
+            value = int(value)
+        return value * _KIB if self.kind is Kind.KIB else value
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """``small`` may be at most ``large`` / ``share``.
+
+    ``yields`` names the one of the two whose *default* moves to keep this true when only the other was set.
+    """
+
+    small: str
+    large: str
+    share: int = 1
+    yields: str | None = None
+
+
+KEYS: Final = (
+    Key("transport.amst.chunk_size_kb", Kind.KIB, 1024 * _KIB, low=16 * _KIB, high=4096 * _KIB, example="1024",
+        help="Largest piece of a transfer that travels as one unit, in KiB."),
+    Key("transport.amst.max_streams", Kind.COUNT, 256, low=1, high=512, example="64",
+        help="Most streams (lanes) a session may have."),
+    Key("transport.amst.min_streams", Kind.COUNT, 1, low=1, high=512, example="4",
+        help="Fewest streams a session keeps; at most `transport.amst.max_streams`."),
+    Key("transport.amst.connect_timeout", Kind.DURATION, 30.0, low=1.0, high=5 * _MINUTE_S, example="10s",
+        help="How long opening a session or a stream may take."),
+    Key("transport.amst.read_timeout", Kind.DURATION, 60.0, low=1.0, high=_HOUR_S, example="60s",
+        help="How long a stream may pause in the middle of a frame before it counts as broken."),
+    Key("transport.amst.write_timeout", Kind.DURATION, 60.0, low=1.0, high=_HOUR_S, example="60s",
+        help="How long sending on a stream may make no progress before it counts as broken."),
+    Key("transport.modes.datacenter_streams", Kind.COUNT, 16, low=1, high=512, example="32",
+        help="Streams a session starts with in datacenter mode; from `transport.amst.min_streams` to"
+             " `transport.amst.max_streams`, and the default moves into that range."),
+    Key("security.plaintext", Kind.FLAG, False, example="true",
+        help="This side asks for plaintext data (checked by CRC-32C) instead of encryption."),
+    Key("security.allow_plaintext", Kind.FLAG, False, example="true",
+        help="A server grants plaintext to peers that are not on its loopback interface."),
+    Key("limits.memory", Kind.SIZE, 192 * _MIB, low=32 * _MIB, high=_TIB, example="2GiB",
+        help="Memory for buffers that AMST allocates, in the whole process."),
+    Key("limits.max_message", Kind.SIZE, 64 * _MIB, low=_KIB, high=_GIB, example="16MiB",
+        help="Largest message; larger data goes as a pipe or file. At most half of `limits.memory`, and the default"
+             " shrinks to that."),
+    Key("limits.open_transfers", Kind.COUNT, 256, low=1, high=4096, example="64",
+        help="Transfers a session may have open at once, in each direction."),
+    Key("limits.sessions", Kind.COUNT, 64, low=1, high=65536, example="256",
+        help="Sessions a server holds at once."),
+    Key("limits.lanes", Kind.COUNT, 2048, low=1, high=65536, example="4096",
+        help="Streams a server holds at once, over all sessions."),
+    Key("limits.handshake_timeout", Kind.DURATION, 10.0, low=1.0, high=5 * _MINUTE_S, example="5s",
+        help="How long a new connection has to prove itself before it is closed."),
+)  # fmt: skip
+
+BY_NAME: Final[Mapping[str, Key]] = MappingProxyType({key.name: key for key in KEYS})
+
+RELATIONS: Final = (
+    Relation("transport.amst.min_streams", "transport.amst.max_streams"),
+    Relation(
+        "transport.amst.min_streams",
+        "transport.modes.datacenter_streams",
+        yields="transport.modes.datacenter_streams",
+    ),
+    Relation(
+        "transport.modes.datacenter_streams",
+        "transport.amst.max_streams",
+        yields="transport.modes.datacenter_streams",
+    ),
+    Relation("limits.max_message", "limits.memory", share=2, yields="limits.max_message"),
+)
+
+
+def variable(name: str) -> str:
+    """The environment variable of a key: ``limits.memory`` is ``AMST_LIMITS__MEMORY``."""
+    return PREFIX + name.upper().replace(".", "__")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the documentation's table, all text."""
+
+    name: str
+    kind: str
+    default: str
+    bounds: str
+    example: str
+    help: str
+
+
+def describe() -> tuple[Row, ...]:
+    """The registry as text, in its order."""
+    return tuple(
+        Row(
+            name=key.name,
+            kind=key.kind.value,
+            default=key.show(key.default),
+            bounds="" if key.kind is Kind.FLAG else f"{key.show(key.low)} to {key.show(key.high)}",
+            example=key.example,
+            help=key.help,
+        )
+        for key in KEYS
+    )
+
+
+def table() -> str:
+    """The registry as the Markdown table of docs/configuration.md, with a newline at its end."""
+    lines = ["| Setting | Type | Default | Bounds | Example | What it does |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| `{row.name}` | {row.kind} | `{row.default}` | {row.bounds} | `{row.example}` | {row.help} |"
+        for row in describe()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,67 @@
+"""The settings in force: frozen, in bytes and seconds. `load.load_settings` makes them; nothing else has defaults.
+
+A field is named as the last part of its key in `registry.KEYS`, except that ``chunk_size_kb`` becomes
+``chunk_size``, because every size here is in bytes. Times are in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class AmstSettings:
+    """``transport.amst.*``: streams, chunks (bytes) and time limits (seconds) of every session."""
+
+    chunk_size: int
+    max_streams: int
+    min_streams: int
+    connect_timeout: float
+    read_timeout: float
+    write_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModeSettings:
+    """``transport.modes.*``: what each mode starts with."""
+
+    datacenter_streams: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransportSettings:
+    """``transport.*``."""
+
+    amst: AmstSettings
+    modes: ModeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class SecuritySettings:
+    """``security.*``: whether data may travel in plaintext."""
+
+    plaintext: bool
+    allow_plaintext: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LimitSettings:
+    """``limits.*``: what a peer can cost this process; ``memory`` and ``max_message`` in bytes."""
+
+    memory: int
+    max_message: int
+    open_transfers: int
+    sessions: int
+    lanes: int
+    handshake_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting of one manager. ``plugins`` maps a plugin's name to its options, deeply read-only."""
+
+    transport: TransportSettings
+    security: SecuritySettings
+    limits: LimitSettings
+    plugins: Mapping[str, Mapping[str, object]] = field(hash=False)
