@@ -1,0 +1,1 @@
+"""Files and trees below a root: nothing followed, nothing half-written under its final name."""

@@ -1,0 +1,196 @@
+"""Names and attributes of what a tree holds: how they are checked, shown, and carried in messages.
+
+A path is bytes, its components separated by ``/``, relative to a root; ``b""`` is the root itself.
+"""
+
+from __future__ import annotations
+
+import enum
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from ..errors import AmstError, ProtocolError, RefusedError, StorageError
+from ..wire.fields import AttributeValue
+
+HIDDEN_PREFIX: Final = b".amst-"
+"""Names that begin so are temporary files of ours: never listed, never reachable by a path."""
+
+MAX_NAME: Final = 255
+MAX_PATH: Final = 4096
+MAX_DEPTH: Final = 256
+"""Bytes in a component, bytes in a path, components in a path."""
+
+_MODE_MAX: Final = 0o7777
+_PERMISSIONS: Final = 0o777
+_MTIME_MIN: Final = -(1 << 63)
+_MTIME_MAX: Final = (1 << 63) - 1
+
+_T = TypeVar("_T", int, str, bytes)
+
+
+class EntryType(enum.StrEnum):
+    """What an entry is; the value is what travels in messages."""
+
+    FILE = "file"
+    DIRECTORY = "directory"
+    SYMLINK = "symlink"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file, directory or symbolic link.
+
+    ``path`` is relative to the thing that was walked (``b""`` is that thing itself), ``mode`` holds the
+    permission bits, ``mtime_ns`` nanoseconds since 1970 (negative before), ``size`` bytes of a file and 0 for
+    the others, ``target`` what a symbolic link says, byte for byte.
+    """
+
+    path: bytes
+    type: EntryType
+    mode: int
+    mtime_ns: int
+    size: int = 0
+    target: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class WalkError:
+    """Something below a walked directory that cannot be copied, and why; the walk went on."""
+
+    path: bytes
+    error: AmstError
+
+
+# ---- paths --------------------------------------------------------------------------------
+
+
+def display_path(path: bytes) -> str:
+    r"""``path`` for people: UTF-8 where it is that, ``\xNN`` and ``\n`` where it is not; ``.`` for the root."""
+    text = path.decode("utf-8", "backslashreplace") or "."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def split_path(path: bytes) -> tuple[bytes, ...]:
+    """The components of a path as peers send it; joined below a directory they cannot leave it.
+
+    Raises:
+        RefusedError: absolute, ``.``, ``..``, NUL, an empty component, or a name reserved for temporary files.
+        StorageError: a component, the path or its depth exceeds the limits.
+    """
+    if not path:
+        return ()
+    if len(path) > MAX_PATH:
+        shown = display_path(path[:MAX_NAME]) + "..."
+        raise StorageError(f"{shown}: a path of {len(path)} bytes exceeds the limit of {MAX_PATH}", path=shown)
+    shown = display_path(path)
+    if path.startswith(b"/"):
+        raise RefusedError(f"{shown}: the path is absolute; give it relative to the root", path=shown)
+    if b"\0" in path:
+        raise RefusedError(f"{shown}: the path holds a NUL byte", path=shown)
+    parts = tuple(path.split(b"/"))
+    if len(parts) > MAX_DEPTH:
+        raise StorageError(f"{shown}: {len(parts)} path components exceed the limit of {MAX_DEPTH}", path=shown)
+    for part in parts:
+        if part in (b"", b".", b".."):
+            word = f"a component {part.decode()!r}" if part else "an empty component"
+            raise RefusedError(f"{shown}: the path holds {word}; name the real path", path=shown)
+        if part.startswith(HIDDEN_PREFIX):
+            raise RefusedError(
+                f"{shown}: names that begin with {HIDDEN_PREFIX.decode()} are kept for temporary files", path=shown
+            )
+        if len(part) > MAX_NAME:
+            raise StorageError(f"{shown}: a name of {len(part)} bytes exceeds the limit of {MAX_NAME}", path=shown)
+    return parts
+
+
+def normalise_user_path(path: bytes) -> bytes:
+    """A path as a user writes it in a URL, in the form `split_path` takes: single slashes, no ``.``.
+
+    Raises:
+        RefusedError, StorageError: as `split_path`; ``..`` is refused, never resolved.
+    """
+    clean = b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
+    split_path(clean)
+    return clean
+
+
+def join_path(base: bytes, relative: bytes) -> bytes:
+    """``relative`` below ``base``, where either may be empty."""
+    return base + b"/" + relative if base and relative else base or relative
+
+
+# ---- attributes ---------------------------------------------------------------------------
+
+
+def entry_type(st_mode: int) -> EntryType | None:
+    """The type of a file system object from its ``st_mode``; None for what cannot be copied."""
+    if stat.S_ISREG(st_mode):
+        return EntryType.FILE
+    if stat.S_ISDIR(st_mode):
+        return EntryType.DIRECTORY
+    return EntryType.SYMLINK if stat.S_ISLNK(st_mode) else None
+
+
+def special_name(st_mode: int) -> str:
+    """What to call an object that has no `EntryType`."""
+    for test, name in ((stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "character device")):
+        if test(st_mode):
+            return name
+    return "block device"
+
+
+def to_attributes(entry: Entry) -> dict[str, AttributeValue]:
+    """An entry as message attributes; the size travels beside them, in OPEN.
+
+    A modification time outside 1677 to 2262 does not fit 64 bits of nanoseconds and travels as the nearest that does.
+    """
+    attributes: dict[str, AttributeValue] = {
+        "path": entry.path,
+        "type": entry.type.value,
+        "mode": entry.mode,
+        "mtime_ns": min(max(entry.mtime_ns, _MTIME_MIN), _MTIME_MAX),
+    }
+    if entry.type is EntryType.SYMLINK:
+        attributes["target"] = entry.target
+    return attributes
+
+
+def from_attributes(attributes: Mapping[str, AttributeValue], *, size: int = 0) -> Entry:
+    """The entry a peer described; keys that are not an entry's are left to whoever put them there.
+
+    Only ``rwxrwxrwx`` of the mode is kept: a peer does not get to make setuid, setgid or sticky files here.
+
+    Raises:
+        ProtocolError: a key is missing, of the wrong type or out of range.
+        RefusedError, StorageError: the path is one that `split_path` does not take.
+    """
+    path = _get(attributes, "path", bytes)
+    split_path(path)
+    word = _get(attributes, "type", str)
+    try:
+        kind = EntryType(word)
+    except ValueError as err:
+        raise ProtocolError(f"entry type {word!r} is unknown") from err
+    mode = _get(attributes, "mode", int)
+    if not 0 <= mode <= _MODE_MAX:
+        raise ProtocolError(f"entry mode {mode} is not within 0 and {_MODE_MAX}")
+    mtime_ns = _get(attributes, "mtime_ns", int)
+    if not _MTIME_MIN <= mtime_ns <= _MTIME_MAX:
+        raise ProtocolError(f"entry mtime_ns {mtime_ns} does not fit 64 bits")
+    if size < 0 or (size and kind is not EntryType.FILE):
+        raise ProtocolError(f"entry of type {word} cannot have {size} bytes")
+    target = b""
+    if kind is EntryType.SYMLINK:
+        target = _get(attributes, "target", bytes)
+        if not target or b"\0" in target or len(target) >= MAX_PATH:
+            raise ProtocolError(f"link target of {len(target)} bytes is empty, too long or holds a NUL byte")
+    return Entry(path, kind, mode & _PERMISSIONS, mtime_ns, size, target)
+
+
+def _get(attributes: Mapping[str, AttributeValue], key: str, kind: type[_T]) -> _T:
+    value = attributes.get(key)
+    if type(value) is not kind:  # exactly: a bool is not a number here
+        raise ProtocolError(f"entry attribute {key!r} must be {kind.__name__}, not {type(value).__name__}")
+    return value

@@ -1,0 +1,403 @@
+"""A directory below which nothing is followed: every name is looked up relative to an open descriptor.
+
+Invariant 10 of docs/architecture.md lives here. A component is opened with O_NOFOLLOW from its parent's
+descriptor, never by a longer path, so that a directory swapped for a link at any moment is not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from ..errors import AmstError, NotFoundError, RefusedError, StorageError, error_from_os
+from .entries import (
+    HIDDEN_PREFIX,
+    MAX_DEPTH,
+    MAX_PATH,
+    Entry,
+    EntryType,
+    WalkError,
+    display_path,
+    entry_type,
+    join_path,
+    special_name,
+    split_path,
+)
+from .sink import FileSink, set_times, target_error, temporary_name
+from .source import Descriptor, FileSource
+
+_PASS: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""To go through a directory: asks for search permission only."""
+
+_LIST: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""O_NONBLOCK, because a FIFO put in the file's place must not hang the opener."""
+
+
+@dataclass(slots=True)
+class _Level:
+    """A directory that `Root.walk` is inside of."""
+
+    fd: int
+    entry: Entry
+    names: Iterator[bytes]
+
+
+class Root:
+    """The tree below one directory, for reading and writing. All methods may be called from any thread.
+
+    ``path`` is resolved as usual, once; from then on the open directory counts, not its name. ``forbidden``
+    lists directories as ``(st_dev, st_ino)`` that are out of reach below it and that it must not lie in.
+
+    Raises:
+        NotFoundError, RefusedError: there is no such directory, it may not be entered, or it is forbidden.
+    """
+
+    def __init__(self, path: str | bytes | os.PathLike[str], *, forbidden: Sequence[tuple[int, int]] = ()) -> None:
+        shown = display_path(os.fsencode(path))
+        self._forbidden = frozenset(forbidden)
+        try:
+            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as err:
+            raise error_from_os(err, "cannot open the directory", path=shown) from err
+        self._descriptor = Descriptor(fd, shown=f"root {shown}")
+        try:
+            if self._forbidden and self._lies_in_forbidden(fd):
+                raise RefusedError(
+                    f"{shown} is or lies in a directory that AMST keeps for itself; choose another", path=shown
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- looking up ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def parent(self, path: bytes, *, create: bool = False) -> Iterator[tuple[int, bytes]]:
+        """The directory that holds ``path``, as a descriptor for the length of the block, and the last component.
+
+        ``create`` makes what is missing on the way. Nothing is said about the last component itself.
+
+        Raises:
+            RefusedError: ``path`` is the root, not a legal path, passes a link or a forbidden directory, or
+                permission is missing.
+            NotFoundError: a directory on the way is missing (without ``create``).
+            StorageError: a name or the path is too long, or the file system failed.
+        """
+        fd, leaf = self._open_parent(path, create=create)
+        try:
+            yield fd, leaf
+        finally:
+            os.close(fd)
+
+    def stat(self, path: bytes) -> Entry | None:
+        """What is at ``path`` (a link is a link), or None when there is nothing.
+
+        Raises:
+            RefusedError: as `parent`; or it is neither file, directory nor link; or it is forbidden.
+        """
+        if not split_path(path):
+            with self._descriptor as fd:
+                return self._describe(fd, b".", path, os.fstat(fd))
+        shown = display_path(path)
+        try:
+            with self.parent(path) as (fd, leaf):
+                found = self._look(fd, leaf, path, shown=shown)
+        except NotFoundError:
+            return None
+        if found is None:
+            raise _out_of_reach(shown)
+        return found
+
+    def open_source(self, path: bytes) -> FileSource:
+        """Open the regular file at ``path`` for sending; the caller closes it.
+
+        Raises:
+            NotFoundError: there is nothing.
+            RefusedError: as `parent`; or it is a link, a directory or a special file, or unreadable.
+        """
+        shown = display_path(path)
+        with self.parent(path) as (parent_fd, leaf):
+            try:
+                # Looked at first, because opening a device can have effects.
+                _require_file(os.stat(leaf, dir_fd=parent_fd, follow_symlinks=False).st_mode, shown=shown)
+                fd = os.open(leaf, _READ, dir_fd=parent_fd)
+            except OSError as err:
+                raise error_from_os(err, "cannot open", path=shown) from err
+            try:
+                _require_file(os.fstat(fd).st_mode, shown=shown)
+                return FileSource(fd, shown=shown)
+            except BaseException:
+                os.close(fd)
+                raise
+
+    def walk(self, path: bytes) -> Iterator[Entry | WalkError]:
+        """Everything at and below ``path``, by name in byte order, each directory after all that is in it.
+
+        Paths in the results are relative to ``path``. Links are not followed. What cannot be copied (no
+        permission, special file, too deep, vanished meanwhile) comes as `WalkError`, without what is below it;
+        temporary files and forbidden directories do not come at all. One descriptor per level is open until
+        the iterator ends or is closed; one thread at a time.
+
+        Raises:
+            NotFoundError, RefusedError: ``path`` itself is missing or out of reach; raised at once.
+        """
+        entry = self.stat(path)
+        if entry is None:
+            raise NotFoundError(f"{display_path(path)} does not exist", path=display_path(path))
+        return self._walk(path, entry)
+
+    # ---- writing ------------------------------------------------------------------------
+
+    def open_sink(self, path: bytes, *, size: int | None) -> FileSink:
+        """A sink for the file ``path`` of ``size`` bytes (None: unknown); see there for when the disk is touched.
+
+        Raises:
+            RefusedError, StorageError: ``path`` is not a legal path, or is the root.
+        """
+        _require_leaf(path)
+        return FileSink(lambda: self._open_parent(path, create=True), shown=display_path(path), size=size)
+
+    def put_directory(self, path: bytes, entry: Entry) -> None:
+        """Make the directory ``path`` unless it is there, then set mode and modification time from ``entry``.
+
+        An existing one keeps its setgid and sticky bits, which peers do not decide. Writing into the directory
+        afterwards changes its time again: call this when its content is complete.
+
+        Raises:
+            RefusedError: as `parent`; or something else has that name.
+            StorageError: the file system failed.
+        """
+        shown = display_path(path)
+        with self.parent(path, create=True) as (parent_fd, leaf):
+            fd = self._enter(parent_fd, leaf, flags=_LIST, create=True, shown=shown)
+            try:
+                kept = os.fstat(fd).st_mode & 0o7000
+                os.fchmod(fd, kept | (entry.mode & 0o777))
+                set_times(fd, mtime_ns=entry.mtime_ns)
+            except OSError as err:
+                raise target_error(err, "cannot set mode and time of", path=shown) from err
+            finally:
+                os.close(fd)
+
+    def put_symlink(self, path: bytes, entry: Entry) -> None:
+        """Make ``path`` a symbolic link to ``entry.target``, in place of any file or link there.
+
+        Raises:
+            RefusedError: as `parent`; or a directory has that name.
+            StorageError: the file system failed.
+        """
+        shown = display_path(path)
+        temporary = temporary_name()
+        with self.parent(path, create=True) as (fd, leaf):
+            try:
+                os.symlink(entry.target, temporary, dir_fd=fd)
+                try:
+                    os.utime(temporary, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=fd, follow_symlinks=False)
+                    os.rename(temporary, leaf, src_dir_fd=fd, dst_dir_fd=fd)
+                except BaseException:
+                    os.unlink(temporary, dir_fd=fd)
+                    raise
+            except OSError as err:
+                raise target_error(err, "cannot make the symbolic link", path=shown) from err
+
+    # ---- end ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let the directory go. Open sources and sinks live on; a sink that has not begun fails. Idempotent."""
+        self._descriptor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- inside -------------------------------------------------------------------------
+
+    def _open_parent(self, path: bytes, *, create: bool) -> tuple[int, bytes]:
+        *above, leaf = _require_leaf(path)
+        try:
+            with self._descriptor as root_fd:
+                fd = os.open(b".", _PASS, dir_fd=root_fd)
+        except OSError as err:
+            raise error_from_os(err, "cannot open the root of", path=display_path(path)) from err
+        for depth, name in enumerate(above, 1):
+            try:
+                inner = self._enter(fd, name, flags=_PASS, create=create, shown=display_path(b"/".join(above[:depth])))
+            finally:
+                os.close(fd)
+            fd = inner
+        return fd, leaf
+
+    def _enter(self, parent_fd: int, name: bytes, *, flags: int, create: bool, shown: str) -> int:
+        """Open the directory ``name``; never a link, never a forbidden one."""
+        try:
+            try:
+                fd = os.open(name, flags, dir_fd=parent_fd)
+            except FileNotFoundError:
+                if not create:
+                    raise
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o777, dir_fd=parent_fd)
+                fd = os.open(name, flags, dir_fd=parent_fd)
+        except OSError as err:
+            if err.errno in (errno.ENOTDIR, errno.ELOOP):
+                raise _not_a_directory(parent_fd, name, shown=shown) from err
+            raise (target_error if create else error_from_os)(err, "cannot enter", path=shown) from err
+        try:
+            if self._is_forbidden(os.fstat(fd)):
+                raise _out_of_reach(shown)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _look(self, parent_fd: int, name: bytes, path: bytes, *, shown: str) -> Entry | None:
+        """The entry ``name``; None when it is forbidden."""
+        try:
+            status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
+            return None if self._is_forbidden(status) else self._describe(parent_fd, name, path, status)
+        except OSError as err:
+            raise error_from_os(err, "cannot look at", path=shown) from err
+
+    def _describe(self, parent_fd: int, name: bytes, path: bytes, status: os.stat_result) -> Entry:
+        kind = entry_type(status.st_mode)
+        if kind is None:
+            shown = display_path(path)
+            raise RefusedError(
+                f"{shown} is a {special_name(status.st_mode)}; only files, directories and links are copied", path=shown
+            )
+        return Entry(
+            path,
+            kind,
+            stat.S_IMODE(status.st_mode),
+            status.st_mtime_ns,
+            status.st_size if kind is EntryType.FILE else 0,
+            os.readlink(name, dir_fd=parent_fd) if kind is EntryType.SYMLINK else b"",
+        )
+
+    def _walk(self, base: bytes, top: Entry) -> Iterator[Entry | WalkError]:
+        top = Entry(b"", top.type, top.mode, top.mtime_ns, top.size, top.target)
+        if top.type is not EntryType.DIRECTORY:
+            yield top
+            return
+        levels: list[_Level] = []
+        try:
+            try:
+                levels.append(self._open_top(base))
+            except AmstError as err:
+                yield WalkError(b"", err)
+            while levels:
+                level = levels[-1]
+                name = next(level.names, None)
+                if name is None:
+                    levels.pop()
+                    os.close(level.fd)
+                    yield level.entry
+                    continue
+                path = join_path(level.entry.path, name)
+                try:
+                    found = self._step(level.fd, name, path, base=base)
+                except AmstError as err:
+                    yield WalkError(path, err)
+                    continue
+                if isinstance(found, _Level):
+                    levels.append(found)
+                elif found is not None:
+                    yield found
+        finally:
+            for level in levels:
+                os.close(level.fd)
+
+    def _open_top(self, base: bytes) -> _Level:
+        shown = display_path(base)
+        if base:
+            with self.parent(base) as (parent_fd, leaf):
+                return self._open_level(parent_fd, leaf, b"", shown=shown)
+        with self._descriptor as fd:
+            return self._open_level(fd, b".", b"", shown=shown)
+
+    def _step(self, parent_fd: int, name: bytes, path: bytes, *, base: bytes) -> Entry | _Level | None:
+        full = join_path(base, path)
+        shown = display_path(full)
+        if len(full) > MAX_PATH or full.count(b"/") >= MAX_DEPTH:
+            raise StorageError(
+                f"{shown}: deeper than {MAX_DEPTH} components or longer than {MAX_PATH} bytes; "
+                "copy it from a directory further down",
+                path=shown,
+            )
+        entry = self._look(parent_fd, name, path, shown=shown)
+        if entry is None or entry.type is not EntryType.DIRECTORY:
+            return entry
+        return self._open_level(parent_fd, name, path, shown=shown)
+
+    def _open_level(self, parent_fd: int, name: bytes, path: bytes, *, shown: str) -> _Level:
+        fd = self._enter(parent_fd, name, flags=_LIST, create=False, shown=shown)
+        try:
+            names = sorted(os.fsencode(found) for found in os.listdir(fd))
+            entry = self._describe(fd, b".", path, os.fstat(fd))
+        except OSError as err:
+            os.close(fd)
+            raise error_from_os(err, "cannot list", path=shown) from err
+        return _Level(fd, entry, iter([found for found in names if not found.startswith(HIDDEN_PREFIX)]))
+
+    def _is_forbidden(self, status: os.stat_result) -> bool:
+        return (status.st_dev, status.st_ino) in self._forbidden
+
+    def _lies_in_forbidden(self, fd: int) -> bool:
+        """Whether the directory ``fd`` or one above it is forbidden."""
+        seen: tuple[int, int] | None = None
+        fd = os.dup(fd)
+        try:
+            while True:
+                status = os.fstat(fd)
+                if self._is_forbidden(status):
+                    return True
+                if (status.st_dev, status.st_ino) == seen:
+                    return False
+                seen = status.st_dev, status.st_ino
+                try:
+                    above = os.open(b"..", _PASS, dir_fd=fd)
+                except PermissionError:
+                    return False  # what is ours to forbid, we may enter
+                os.close(fd)
+                fd = above
+        finally:
+            os.close(fd)
+
+
+def _require_leaf(path: bytes) -> tuple[bytes, ...]:
+    parts = split_path(path)
+    if not parts:
+        raise RefusedError("the path names the root itself; name something below it", path=display_path(path))
+    return parts
+
+
+def _require_file(st_mode: int, *, shown: str) -> None:
+    kind = entry_type(st_mode)
+    if kind is not EntryType.FILE:
+        what = f"a {special_name(st_mode)}" if kind is None else f"a {kind.value}"
+        raise RefusedError(f"{shown} is {what}, not a regular file", path=shown)
+
+
+def _not_a_directory(parent_fd: int, name: bytes, *, shown: str) -> RefusedError:
+    with contextlib.suppress(OSError):  # it may be gone again; then the plainer message serves
+        if stat.S_ISLNK(os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_mode):
+            return RefusedError(
+                f"{shown} is a symbolic link, and links below the root are not followed; name the real path", path=shown
+            )
+    return RefusedError(f"{shown} is not a directory", path=shown)
+
+
+def _out_of_reach(shown: str) -> RefusedError:
+    return RefusedError(f"{shown} is kept by AMST for itself and out of reach", path=shown)
