@@ -1,0 +1,1 @@
+"""The control channel and the TCP listener that tells it from lanes."""

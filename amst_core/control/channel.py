@@ -1,0 +1,175 @@
+"""Control messages over TLS 1.3 over one TCP socket.
+
+The socket never blocks and one thread at a time drives a channel, so OpenSSL is never entered twice.
+During the handshake that thread waits with a deadline (`wait_message`); afterwards the session's control
+loop polls `fileno` together with its own wake-ups.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from typing import Final
+
+from ..errors import AmstError, BrokenError, DeadlineError
+from ..security.tls import TlsStream
+from ..wire.messages import MAX_RECORD, Message, RecordReader, encode
+
+_READ_SIZE: Final = 1 << 16
+
+_GOODBYE_S: Final = 1.0
+"""How long `ControlChannel.close` waits for the peer to hang up too."""
+
+
+class ControlChannel:
+    """Messages in both directions; ``peer`` names the other side in errors."""
+
+    def __init__(self, sock: socket.socket, tls: TlsStream, *, peer: str) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._tls = tls
+        self._records = RecordReader()
+        self._unsent = bytearray()
+        self.peer = peer
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def remote_address(self) -> tuple[str, int]:
+        """Host and port that the connection reached or came from."""
+        host, port = self._sock.getpeername()[:2]
+        return str(host), int(port)
+
+    @property
+    def wants_write(self) -> bool:
+        """Bytes wait for the socket to take them."""
+        return bool(self._unsent)
+
+    def certificate(self) -> bytes:
+        """The certificate that the server showed, DER (client side, after `establish`)."""
+        return self._tls.peer_certificate()
+
+    def prove(self) -> None:
+        """The peer has proven the token: records of full length are allowed from now on."""
+        self._records.max_record = MAX_RECORD
+
+    # ---- non-blocking ----------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """Queue a message; `flush` writes it."""
+        self._tls.send(encode(message))
+
+    def flush(self) -> None:
+        """Write what the socket takes now.
+
+        Raises:
+            BrokenError: the connection is gone.
+        """
+        self._unsent += self._tls.outgoing()
+        while self._unsent:
+            try:
+                done = self._sock.send(self._unsent)
+            except BlockingIOError:
+                return
+            except OSError as err:
+                raise BrokenError(f"control connection to {self.peer} failed: {err}", peer=self.peer) from err
+            del self._unsent[:done]
+
+    def receive(self) -> list[Message]:
+        """The messages that have arrived.
+
+        Raises:
+            BrokenError: the connection is gone or ended.
+            ProtocolError: the peer sent what the wire format forbids.
+        """
+        ended = self._read()
+        self._records.feed(self._tls.receive())
+        messages = []
+        while (message := self._records.next_message()) is not None:
+            messages.append(message)
+        if not messages and (ended or self._tls.ended):
+            raise BrokenError(f"{self.peer} closed the control connection", peer=self.peer)
+        return messages
+
+    def close(self) -> None:
+        """Write what is queued and close. Idempotent, never raises, takes `_GOODBYE_S` at most."""
+        if self._sock.fileno() < 0:
+            return
+        self._tls.close()
+        deadline = time.monotonic() + _GOODBYE_S
+        try:
+            self._drain(deadline)
+            self._sock.shutdown(socket.SHUT_WR)
+            # Closing with unread bytes would send a reset, which may overtake what was just written.
+            while not self._read():
+                self._wait(select.POLLIN, deadline)
+        except (AmstError, OSError):
+            pass  # the peer is gone or says nothing; either way there is nobody to wait for
+        self._sock.close()
+
+    # ---- with a deadline, for the handshake --------------------------------------------------
+
+    def establish(self, deadline: float) -> None:
+        """Run the TLS handshake.
+
+        Raises:
+            AmstError: as `TlsStream.handshake`, `DeadlineError` past ``deadline`` (monotonic seconds).
+        """
+        try:
+            while not self._tls.handshake():
+                self._drain(deadline)
+                self._wait(select.POLLIN, deadline)
+                self._read()
+        finally:
+            self.flush()  # also after a failure: it may be the alert that tells the peer why
+
+    def wait_message(self, deadline: float) -> Message:
+        """The next message, waiting until ``deadline`` (monotonic seconds)."""
+        while True:
+            self._drain(deadline)
+            self._records.feed(self._tls.receive())
+            message = self._records.next_message()
+            if message is not None:
+                return message
+            if self._tls.ended:
+                raise BrokenError(f"{self.peer} closed the control connection", peer=self.peer)
+            self._wait(select.POLLIN, deadline)
+            self._read()
+
+    def flush_all(self, deadline: float) -> None:
+        """Write everything queued, waiting until ``deadline`` (monotonic seconds)."""
+        self._drain(deadline)
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    def _read(self) -> bool:
+        """Feed what the socket has; true at the end of the stream."""
+        while True:
+            try:
+                data = self._sock.recv(_READ_SIZE)
+            except BlockingIOError:
+                return False
+            except OSError as err:
+                raise BrokenError(f"control connection to {self.peer} failed: {err}", peer=self.peer) from err
+            if not data:
+                self._tls.feed_eof()
+                return True
+            self._tls.feed(data)
+            if len(data) < _READ_SIZE:
+                return False
+
+    def _drain(self, deadline: float) -> None:
+        self.flush()
+        while self._unsent:
+            self._wait(select.POLLOUT, deadline)
+            self.flush()
+
+    def _wait(self, event: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(self._sock, event)
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise DeadlineError(f"{self.peer} did not answer in time", peer=self.peer)

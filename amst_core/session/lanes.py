@@ -1,0 +1,288 @@
+"""The two threads of a lane: one sends what the session has, one receives and puts it where it belongs.
+
+Per chunk they take the session's lock twice and touch nothing else that is shared.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from ..engine import Chunk, Placement, Verdict
+from ..errors import AmstError, BrokenError, ProtocolError
+from ..interfaces import Lane, StreamHealth
+from ..security.seal import FrameOpener, FrameSealer, Protection
+from ..wire.frames import FrameHeader, FrameKind
+from .core import SessionCore
+from .endpoints import Sink, Source
+
+_log = logging.getLogger("amst.session")
+_NOTHING = memoryview(b"")
+
+
+class LaneWorker:
+    """An admitted lane at work. ``id`` is its incarnation."""
+
+    def __init__(
+        self,
+        core: SessionCore,
+        lane: Lane,
+        *,
+        id: int,
+        transport: str,
+        protection: Protection,
+        sealer: FrameSealer,
+        opener: FrameOpener,
+    ) -> None:
+        self.id = id
+        self.lane = lane
+        self.transport = transport
+        self.protection = protection
+        self.needs_scratch = protection is Protection.AEAD
+        self.ready = threading.Condition(core.lock)  # something for the sending thread
+        self.frames: deque[FrameHeader] = deque()  # PING, PONG, FIN to send before any chunk
+        self.leaving = False  # our FIN is queued or sent
+        self.dead = False
+        self.error: AmstError | None = None
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.last_active = time.monotonic()
+        self.pongs: dict[int, float] = {}  # token → when its answer came
+        self._core = core
+        self._sealer = sealer
+        self._opener = opener
+        self._fin_received = False
+        self._ended_halves = 0
+        self._arriving: _Arriving | None = None
+        self._threads = (
+            threading.Thread(target=self._run, args=(self._send,), name=f"amst-send-{id}", daemon=True),
+            threading.Thread(target=self._run, args=(self._receive,), name=f"amst-recv-{id}", daemon=True),
+        )
+
+    def start(self) -> None:
+        """Begin to carry chunks; the core must know the lane already."""
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> None:
+        """Wait until no thread touches a source or a sink any more; the lane must have been aborted."""
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def send_frame_locked(self, header: FrameHeader) -> None:
+        """Have a PING, PONG or FIN sent soon (the session's lock held)."""
+        self.frames.append(header)
+        self._core.poke_locked(self)
+
+    def health(self) -> StreamHealth:
+        """This stream's numbers (any thread)."""
+        return StreamHealth(
+            id=self.id,
+            transport=self.transport,
+            healthy=not self.dead,
+            bytes_sent=self.bytes_sent,
+            bytes_received=self.bytes_received,
+            last_active=self.last_active,
+            last_error=None if self.error is None else self.error.message,
+            reconnects=0,
+            consecutive_failures=1 if self.error is not None else 0,
+            path=self.lane.path_stats(),
+        )
+
+    def _run(self, loop: Callable[[], None]) -> None:
+        error: AmstError | None
+        try:
+            loop()
+            return
+        except AmstError as err:
+            error = err
+        except Exception as err:
+            _log.exception("stream %d to %s: unexpected error", self.id, self._core.peer)
+            error = BrokenError(f"unexpected error, please report it: {err!r}")
+        error.stream = self.id
+        self._core.lane_ended(self, error)
+
+    # ---- sending ---------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        last: Chunk | None = None
+        try:
+            while True:
+                done, last = last, None
+                job = self._core.next_job(self, done)
+                if job is None:
+                    return
+                if isinstance(job, FrameHeader):
+                    self.lane.send_frame(*self._sealer.seal(job, _NOTHING))
+                    if job.kind is FrameKind.FIN:
+                        self._half_closed()
+                        return
+                else:
+                    last = job[0]
+                    self._send_chunk(*job)
+        finally:
+            if last is not None:
+                self._core.chunk_left(last)
+
+    def _send_chunk(self, chunk: Chunk, source: Source) -> None:
+        header = FrameHeader(FrameKind.DATA, chunk.transfer, chunk.offset, chunk.length)
+        view = source.view(chunk.offset, chunk.length)
+        overhead = self._sealer.overhead
+        if view is not None and not overhead:
+            self.lane.send_frame(*self._sealer.seal(header, view))
+        else:
+            pool = self._core.send_pool
+            buffer = pool.acquire(chunk.length + overhead)
+            try:
+                if view is None:
+                    view = buffer[: chunk.length]
+                    try:
+                        source.read_into(chunk.offset, view)
+                        if chunk.again:
+                            source.verify()
+                    except AmstError as err:
+                        self._core.source_failed(chunk, err)
+                        return
+                self.lane.send_frame(*self._sealer.seal(header, view, buffer=buffer))
+            finally:
+                pool.release(buffer)
+        self.bytes_sent += chunk.length
+        self.last_active = time.monotonic()
+
+    # ---- receiving -------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                header = self.lane.recv_frame(self._place)
+                if header is None:
+                    if self._fin_received:
+                        return
+                    raise BrokenError("the peer closed the stream")
+                self._received(header)
+                if self._fin_received:
+                    self._half_closed()
+                    return
+        finally:
+            arriving, self._arriving = self._arriving, None
+            if arriving is not None:
+                arriving.release()
+                if arriving.placement is not None and arriving.placement.verdict is Verdict.FILL:
+                    self._core.placed(arriving.placement, intact=False)
+
+    def _place(self, raw: memoryview) -> memoryview:
+        """Where the payload of the frame that is arriving goes (called by the lane)."""
+        header = FrameHeader.unpack(raw)
+        size = self._opener.expected_wire_length(header)
+        arriving = self._arriving = _Arriving(self._core, header)
+        if header.kind is not FrameKind.DATA:
+            arriving.placed = memoryview(bytearray(size))
+            return arriving.placed
+        placement, sink = self._core.place(header)
+        arriving.placement = placement
+        if placement.verdict is Verdict.FILL:
+            assert sink is not None, "an accepted transfer has a sink"
+            arriving.sink = sink
+            arriving.target = sink.place(placement.start, placement.end)
+            if arriving.target is not None and not self._opener.overhead:
+                arriving.placed = arriving.target
+                return arriving.placed
+        arriving.borrow(size)
+        return arriving.placed
+
+    def _received(self, raw: bytes) -> None:
+        arriving = self._arriving
+        assert arriving is not None, "recv_frame returned without having asked for a place"
+        self.last_active = time.monotonic()
+        if arriving.header.kind is not FrameKind.DATA:
+            self._opener.open(raw, arriving.placed)
+            self._arriving = None
+            self._own_frame(arriving.header)
+            return
+        plain = self._opener.open(raw, arriving.placed, into=arriving.target if arriving.buffer is not None else None)
+        self.bytes_received += arriving.header.length
+        placement, sink = arriving.placement, arriving.sink
+        assert placement is not None, "DATA has a placement"
+        if placement.verdict is Verdict.COPY:
+            needed = self._core.copied(placement)
+            if needed is not None:
+                placement, sink = needed
+                arriving.placement = placement  # from here on it is filled by this lane
+                target = sink.place(placement.start, placement.end)
+                if target is not None:
+                    target[:] = plain
+                    sink = None
+        failure: AmstError | None = None
+        if placement.verdict is Verdict.FILL and sink is not None and arriving.target is None:
+            try:
+                sink.store(placement.start, plain)
+            except AmstError as err:
+                failure = err
+        self._arriving = None
+        arriving.target = None
+        arriving.release()
+        if placement.verdict is Verdict.FILL:
+            self._core.placed(placement, intact=failure is None, failure=failure)
+
+    def _own_frame(self, header: FrameHeader) -> None:
+        """A frame about the lane itself."""
+        match header.kind:
+            case FrameKind.PING:
+                with self._core.lock:
+                    self.send_frame_locked(FrameHeader(FrameKind.PONG, offset=header.offset))
+            case FrameKind.PONG:
+                with self._core.lock:
+                    self.pongs[header.offset] = time.monotonic()
+                    self._core.ponged.notify_all()
+            case FrameKind.FIN:
+                self._fin_received = True
+                with self._core.lock:
+                    if not self.leaving:
+                        self.leave_locked()
+            case _:
+                raise ProtocolError(f"{header.kind.name} frame on an admitted lane")
+
+    # ---- leaving ---------------------------------------------------------------------------------
+
+    def leave_locked(self) -> None:
+        """Stop taking chunks, send FIN, and close when the peer's FIN is here too (lock held)."""
+        self.leaving = True
+        self._core.engine.lane_left(self.id)
+        self.send_frame_locked(FrameHeader(FrameKind.FIN))
+
+    def _half_closed(self) -> None:
+        """One direction has ended; with the second one the lane is closed."""
+        with self._core.lock:
+            self._ended_halves += 1
+            both = self._ended_halves == 2
+        if both:
+            self._core.lane_ended(self, None)
+
+
+class _Arriving:
+    """The frame that a lane is receiving right now, and the scratch it needed."""
+
+    __slots__ = ("_core", "buffer", "header", "placed", "placement", "sink", "target")
+
+    def __init__(self, core: SessionCore, header: FrameHeader) -> None:
+        self._core = core
+        self.header = header
+        self.placed = _NOTHING
+        self.placement: Placement | None = None
+        self.sink: Sink | None = None
+        self.target: memoryview | None = None  # the sink's own memory for the span
+        self.buffer: memoryview | None = None
+
+    def borrow(self, size: int) -> None:
+        self.buffer = self._core.receive_pool.acquire(size)
+        self.placed = self.buffer[:size]
+
+    def release(self) -> None:
+        if self.buffer is not None:
+            self.placed = _NOTHING
+            self._core.receive_pool.release(self.buffer)
+            self.buffer = None

@@ -1,0 +1,89 @@
+"""What a sender holds while its transfer is under way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from ..errors import AmstError, DeadlineError
+
+
+class Ticket:
+    """One outgoing transfer. Completes when the peer's engine holds it whole and verified, or with an error.
+
+    Thread-safe. ``size`` is the transfer's bytes.
+    """
+
+    def __init__(self, size: int, *, cancel: Callable[[Ticket], None]) -> None:
+        self.size = size
+        self.transfer = 0
+        self._cancel = cancel
+        self._done = threading.Event()
+        self._error: AmstError | None = None
+        self._acknowledged = 0
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[Ticket], None]] = []
+        self.on_progress: Callable[[int, int], None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Completed, either way."""
+        return self._done.is_set()
+
+    @property
+    def error(self) -> AmstError | None:
+        """Why it failed; None while under way and after success."""
+        return self._error
+
+    @property
+    def acknowledged(self) -> int:
+        """Bytes the peer holds, verified."""
+        return self._acknowledged
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the transfer is delivered.
+
+        Raises:
+            DeadlineError: not yet, after ``timeout`` seconds; it goes on.
+            AmstError: it failed, and why.
+        """
+        if not self._done.wait(timeout):
+            raise DeadlineError(f"not delivered within {timeout} s ({self._acknowledged} of {self.size} bytes are)")
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """Give the transfer up: the peer drops what it has of it. No effect once completed."""
+        self._cancel(self)
+
+    def add_done_callback(self, callback: Callable[[Ticket], None]) -> None:
+        """Have ``callback(ticket)`` called once on completion: at once when that has been.
+
+        It runs on a thread of the session and must return quickly.
+        """
+        with self._lock:
+            if not self._done.is_set():
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    # ---- for the session --------------------------------------------------------------------
+
+    def advance(self, acknowledged: int) -> None:
+        self._acknowledged = acknowledged
+        if self.on_progress is not None and not self._done.is_set():
+            self.on_progress(acknowledged, self.size)
+
+    def complete(self, error: AmstError | None) -> None:
+        with self._lock:
+            if self._done.is_set():
+                return
+            self._error = error
+            if error is None:
+                self._acknowledged = self.size
+            self._done.set()
+            callbacks, self._callbacks = self._callbacks, []
+        if self.on_progress is not None and error is None:
+            self.on_progress(self.size, self.size)
+        for callback in callbacks:
+            callback(self)
