@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import AmstError
 
 if TYPE_CHECKING:
-    from .api import Server, connect, listen
+    from .api.client import connect
+    from .api.server import Server, listen
     from .session.session import Session
     from .session.tickets import Ticket
     from .settings.load import load_settings
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["AmstError", "Server", "Session", "Settings", "Ticket", "connect", "listen", "load_settings"]
 
 _HOMES = {
-    "Server": "api",
-    "connect": "api",
-    "listen": "api",
+    "Server": "api.server",
+    "connect": "api.client",
+    "listen": "api.server",
     "Session": "session.session",
     "Ticket": "session.tickets",
     "load_settings": "settings.load",

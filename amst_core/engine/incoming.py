@@ -38,7 +38,7 @@ class Incoming:
         if bound is not None and end > bound:
             raise ProtocolError(f"span {start}–{end} passes the end of transfer {self.open.transfer} ({bound} bytes)")
         if end > self.limit:
-            raise ProtocolError(f"span {start}–{end} of transfer {self.open.transfer} passes its credit of {self.limit}")
+            raise ProtocolError(f"span {start}–{end} of transfer {self.open.transfer} passes its credit, {self.limit}")
 
     def is_free(self, start: int, end: int) -> bool:
         """Neither held nor being filled, in whole or in part."""

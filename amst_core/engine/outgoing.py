@@ -71,7 +71,7 @@ class Outgoing:
         news = False
         for start, end in spans:
             if not start < end <= self.cursor:
-                raise ProtocolError(f"ACK of {start}–{end} in transfer {self.id}, of which {self.cursor} bytes were sent")
+                raise ProtocolError(f"ACK of {start}–{end} of transfer {self.id}, of which {self.cursor} were sent")
             news |= self.acked.add(start, end) > 0
         if news:
             for offset in [o for o, (end, _) in self.in_flight.items() if self.acked.covers(o, end)]:

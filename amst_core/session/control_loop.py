@@ -32,7 +32,12 @@ class ControlLoop:
     """
 
     def __init__(
-        self, core: SessionCore, channel: ControlChannel, handle: Callable[[Message], None], *, tick: Callable[[float], None]
+        self,
+        core: SessionCore,
+        channel: ControlChannel,
+        handle: Callable[[Message], None],
+        *,
+        tick: Callable[[float], None],
     ) -> None:
         self._core = core
         self._channel = channel

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Final, Protocol
 from ..buffers import BufferPool, MessageMemory
 from ..engine import Chunk, Engine, Limits, Placement, Verdict
 from ..engine.events import Progress, SourceDrained, TransferDone, TransferDropped, TransferOffered, TransferWhole
-from ..errors import AmstError, BrokenError, BusyError, ClosedError, DeadlineError, IntegrityError, ProtocolError, error_from_kind
+from ..errors import (
+    AmstError,
+    BrokenError,
+    BusyError,
+    ClosedError,
+    DeadlineError,
+    IntegrityError,
+    ProtocolError,
+    error_from_kind,
+)
 from ..wire.fields import AttributeValue
 from ..wire.frames import FrameHeader
 from ..wire.messages import FILE, MESSAGE, SIZE_UNKNOWN, Close, LaneLost, Message, Open
@@ -48,6 +57,22 @@ class Acceptor(Protocol):
     """Decides about transfers the peer opens: a sink, or an `AmstError` raised to refuse."""
 
     def __call__(self, opened: Open) -> Sink: ...
+
+
+class _Work:
+    """What the engine's events ask for, to be done without the lock: ``slow`` may wait for a disk."""
+
+    __slots__ = ("quick", "slow")
+
+    def __init__(self) -> None:
+        self.quick: list[Callable[[], None]] = []
+        self.slow: list[Callable[[], None]] = []
+
+    def run(self) -> None:
+        for item in self.quick:
+            item()
+        for item in self.slow:
+            item()
 
 
 @dataclass(slots=True)
@@ -163,7 +188,9 @@ class SessionCore:
             self.engine.receive(message)
             work = self._work_locked()
             self.kick_locked()
-        for item in work:
+        for item in work.quick:
+            item()
+        for item in work.slow:
             self.later(item)
 
     # ---- opening transfers -----------------------------------------------------------------------
@@ -209,8 +236,7 @@ class SessionCore:
         except BaseException:
             source.close()
             raise
-        for item in work:
-            item()
+        work.run()
         return ticket
 
     def check_open_locked(self) -> None:
@@ -225,8 +251,7 @@ class SessionCore:
             self.engine.reset(transfer, kind, message)
             work = self._work_locked()
             self.wake_locked()
-        for item in work:
-            item()
+        work.run()
 
     def accept_kind(self, kind: int, acceptor: Acceptor) -> None:
         """Have ``acceptor`` decide about transfers of ``kind`` that answer no request."""
@@ -254,24 +279,24 @@ class SessionCore:
         ``last`` is the chunk it has done with.
         """
         with self.lock:
-            work: list[Callable[[], None]] = []
             if last is not None:
                 self.engine.chunk_left(last)
                 work = self._work_locked()
                 self.wake_locked()
-                if work:
+                if work.quick or work.slow:
                     self.lock.release()
                     try:
-                        for item in work:
-                            item()
+                        work.run()
                     finally:
                         self.lock.acquire()
             while True:
                 if worker.dead or self.error is not None:
+                    self.kick_locked()  # a wake-up meant for any lane must not end here
                     return None
                 if worker.frames:
                     return worker.frames.popleft()
                 if worker.leaving:
+                    self.kick_locked()
                     return None
                 chunk = self.engine.next_chunk(worker.id)
                 if chunk is not None:
@@ -286,8 +311,7 @@ class SessionCore:
             self.engine.chunk_left(chunk)
             work = self._work_locked()
             self.wake_locked()
-        for item in work:
-            item()
+        work.run()
 
     def kick_locked(self) -> None:
         """Wake one idle lane if a chunk waits; that one wakes the next."""
@@ -332,8 +356,7 @@ class SessionCore:
                 self.engine.refuse(placement.transfer, failure.kind, failure.message)
             work = self._work_locked()
             self.wake_locked()
-        for item in work:
-            item()
+        work.run()
 
     def copied(self, placement: Placement) -> tuple[Placement, Sink] | None:
         """A verified COPY: where it is needed after all, if it is."""
@@ -386,8 +409,7 @@ class SessionCore:
             none_left = not self.lanes
             damaged = self.damaged_lanes >= MAX_DAMAGED_LANES
         worker.lane.close() if error is None else worker.lane.abort()
-        for item in work:
-            item()
+        work.run()
         if error is None or self.error is not None:
             return
         if self.closing is None:
@@ -414,9 +436,9 @@ class SessionCore:
 
     # ---- what the engine says ------------------------------------------------------------------------
 
-    def _work_locked(self) -> list[Callable[[], None]]:
+    def _work_locked(self) -> _Work:
         """Turn the engine's events into state, and into work to be done without the lock."""
-        work: list[Callable[[], None]] = []
+        work = _Work()
         while events := self.engine.events():
             for event in events:
                 match event:
@@ -429,7 +451,7 @@ class SessionCore:
                             self.engine.finish(transfer)
                             self.room.notify_all()
                         else:
-                            work.append(lambda t=transfer, s=sink, n=total: self._finish(t, s, n))  # type: ignore[misc]
+                            work.slow.append(lambda t=transfer, s=sink, n=total: self._finish(t, s, n))  # type: ignore[misc]
                     case TransferDropped(transfer, kind, message):
                         self.room.notify_all()
                         dropped = self._sinks.pop(transfer, None)
@@ -437,21 +459,23 @@ class SessionCore:
                         if dropped is not None and self.inbox.owns(dropped):
                             dropped.abort(reason)
                         elif dropped is not None:
-                            work.append(lambda s=dropped, r=reason: s.abort(r))  # type: ignore[misc]
+                            work.slow.append(lambda s=dropped, r=reason: s.abort(r))  # type: ignore[misc]
                     case SourceDrained(transfer):
                         if isinstance(self._outgoing[transfer].source, MemorySource):
                             self.engine.end(transfer)  # nobody changes it meanwhile
                             continue
-                        work.append(lambda t=transfer: self._drained(t))  # type: ignore[misc]
+                        work.slow.append(lambda t=transfer: self._drained(t))  # type: ignore[misc]
                     case Progress(transfer, acknowledged):
                         out = self._outgoing.get(transfer)
                         if out is not None and out.ticket.on_progress is not None:
-                            work.append(lambda o=out, n=acknowledged: o.ticket.advance(n))  # type: ignore[misc]
+                            work.quick.append(lambda o=out, n=acknowledged: o.ticket.advance(n))  # type: ignore[misc]
                     case TransferDone(transfer, kind, message):
                         done = self._outgoing.pop(transfer)
                         self.last_done_at = time.monotonic()
                         self.room.notify_all()
-                        work.append(lambda o=done, k=kind, m=message: self._done(o, k, m))  # type: ignore[misc]
+                        # closing a file may wait for its disk, and nobody waits for that
+                        where = work.quick if isinstance(done.source, MemorySource) else work.slow
+                        where.append(lambda o=done, k=kind, m=message: self._done(o, k, m))  # type: ignore[misc]
         return work
 
     def _offered_locked(self, opened: Open) -> None:
@@ -492,8 +516,7 @@ class SessionCore:
                 self.engine.refuse(transfer, failure.kind, failure.message)
             work = self._work_locked()
             self.wake_locked()
-        for item in work:
-            item()
+        work.run()
 
     def _drained(self, transfer: int) -> None:
         with self.lock:

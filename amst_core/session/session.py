@@ -24,8 +24,8 @@ from ..interfaces import SessionMetrics, StreamHealth
 from ..wire import requests as ops
 from ..wire.frames import FrameHeader, FrameKind
 from ..wire.messages import MESSAGE, Close, LaneGrant, LaneLost, LaneRequest, Message, Reply, Request
-from .copying import ProgressCallback, download, raise_first, upload
 from .control_loop import ControlLoop
+from .copying import ProgressCallback, download, raise_first, upload
 from .core import SessionCore
 from .endpoints import MemorySource
 from .requests import Requests

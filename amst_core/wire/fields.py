@@ -84,6 +84,27 @@ def _text(raw: Codec) -> Codec:
 _BYTES = _sized(_U32)
 _SHORT_TEXT = _text(_sized(_U16))
 
+PROSE_SIZE: Final = 3072
+"""Bytes to which text for people is cut: whatever it quotes, a refusal stays inside the records a stranger may send."""
+
+
+def _cut(text: str) -> str:
+    raw = text.encode("utf-8", "replace")
+    return text if len(raw) <= PROSE_SIZE else raw[: PROSE_SIZE - 3].decode("utf-8", "ignore") + "…"
+
+
+_PROSE = Codec(lambda value: _SHORT_TEXT.encode(_cut(value)), _SHORT_TEXT.decode)
+
+
+def _decode_bool(reader: Reader) -> bool:
+    value: int = _U8.decode(reader)
+    if value > 1:
+        raise ProtocolError(f"a truth value of {value}, which is neither 0 nor 1")
+    return bool(value)
+
+
+_BOOL = Codec(_U8.encode, _decode_bool)
+
 
 def _many(item: Codec, smallest: int) -> Codec:
     """A u32 count and that many items, each at least ``smallest`` bytes on the wire."""
@@ -112,7 +133,7 @@ _ATTRIBUTE_TYPES: Final[tuple[tuple[type, Codec], ...]] = (
     (int, _I64),
     (str, _SHORT_TEXT),
     (bytes, _BYTES),
-    (bool, Codec(lambda value: _U8.encode(value), lambda reader: bool(_U8.decode(reader)))),
+    (bool, _BOOL),
 )
 
 
@@ -141,6 +162,8 @@ U32 = Annotated[int, _U32]
 U64 = Annotated[int, _U64]
 Bytes = Annotated[bytes, _BYTES]
 Text = Annotated[str, _SHORT_TEXT]
+Prose = Annotated[str, _PROSE]
+"""Text for people, cut to `PROSE_SIZE` bytes when it is sent."""
 Attributes = Annotated[Mapping[str, AttributeValue], Codec(_encode_attributes, _decode_attributes)]
 Span: TypeAlias = tuple[int, int]
 """``(start, end)``, end exclusive."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeAlias
 
 from ..errors import ProtocolError
-from .fields import U8, U16, U32, U64, Addresses, Attributes, Bytes, Codec, Credits, Held, Reader, Text, U16s
+from .fields import U8, U16, U32, U64, Addresses, Attributes, Bytes, Codec, Credits, Held, Prose, Reader, Text, U16s
 
 PROTOCOL_VERSION: Final = 1
 SIZE_UNKNOWN: Final = (1 << 64) - 1
@@ -86,7 +86,7 @@ class LaneLost:
     TYPE: ClassVar[int] = 6
     incarnation: U64
     kind: Text
-    message: Text
+    message: Prose
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class Result:
     TYPE: ClassVar[int] = 12
     transfer: U64
     kind: Text
-    message: Text
+    message: Prose
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Reset:
     TYPE: ClassVar[int] = 13
     transfer: U64
     kind: Text
-    message: Text
+    message: Prose
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class Reply:
     TYPE: ClassVar[int] = 15
     request: U64
     kind: Text
-    message: Text
+    message: Prose
     attributes: Attributes
 
 
@@ -186,7 +186,7 @@ class Close:
 
     TYPE: ClassVar[int] = 20
     kind: Text
-    message: Text
+    message: Prose
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +230,9 @@ def decode(type_number: int, body: bytes) -> Message:
         ProtocolError: unknown type, a field out of bounds, or bytes left over.
     """
     if type_number not in _MESSAGES:
-        known = RESERVED.get(type_number)
-        raise ProtocolError(f"message type {type_number}" + (f" ({known}) is not built yet" if known else " is unknown"))
+        reserved = RESERVED.get(type_number)
+        what = f"({reserved}) is not built yet" if reserved else "is unknown"
+        raise ProtocolError(f"message type {type_number} {what}")
     cls, codecs = _MESSAGES[type_number]
     reader = Reader(body)
     try:

@@ -1,0 +1,1 @@
+"""Opening and accepting sessions: where plugins, settings and credentials come together."""

@@ -1,0 +1,145 @@
+"""Opening a session: dial, prove, agree, open the first streams."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from ..control import handshake
+from ..control.channel import ControlChannel
+from ..endpoint import parse_endpoint
+from ..errors import AmstError, AuthError, ConnectError, DeadlineError, UsageError
+from ..files.root import Root
+from ..interfaces import Endpoint, Mode
+from ..plugins import Plugins
+from ..security.identity import find_token
+from ..security.tls import TlsStream, client_context
+from ..session.core import SessionCore
+from ..session.lane_opener import LaneOpener, Route
+from ..session.session import Session
+from ..settings.load import load_settings
+from ..settings.values import Settings
+from ..wire.messages import LaneRequest
+from .assembly import lane_timeouts, make_core, own_terms
+from .choice import TransportChoice
+
+
+def connect(
+    address: str,
+    *,
+    settings: Settings | None = None,
+    token: bytes | None = None,
+    streams: int | None = None,
+    transport: str | None = None,
+    require: str | None = None,
+    plaintext: bool | None = None,
+    root: str | os.PathLike[str] | None = None,
+) -> Session:
+    """Open a session with the server at ``address`` (``amst://HOST:PORT`` or ``HOST:PORT``).
+
+    Args:
+        settings: as `load_settings` gives them; by default from the environment.
+        token: the server's secret; by default ``AMST_TOKEN`` or the state directory's.
+        streams: how many to start with; by default ``transport.modes.datacenter_streams``.
+        transport: the one preferred; another one runs, with a reason, when it cannot be used.
+        require: the one that must run.
+        plaintext: whether data travels unencrypted (checked by CRC-32C); the server must allow it.
+        root: a directory that the server may read and write, as the server's own root is for this side.
+
+    Raises:
+        UsageError: the address, the number of streams or the transport's name makes no sense.
+        ConnectError: the server cannot be reached, is none, or is full.
+        AuthError: there is no token, or the server does not accept it.
+        UnavailableError: ``require`` cannot be met.
+        PluginError: no transport is installed.
+    """
+    started = time.monotonic()
+    endpoint = parse_endpoint(address)
+    settings = settings if settings is not None else load_settings()
+    amst = settings.transport.amst
+    count = settings.transport.modes.datacenter_streams if streams is None else streams
+    if not amst.min_streams <= count <= amst.max_streams:
+        raise UsageError(
+            f"{count} streams: {amst.min_streams} to {amst.max_streams} are possible (transport.amst.min_streams, "
+            "transport.amst.max_streams)"
+        )
+    wants_plaintext = settings.security.plaintext if plaintext is None else plaintext
+    choice = TransportChoice(Plugins(), settings, endpoint, preferred=transport, required=require)
+    token = token if token is not None else find_token()
+    if token is None:
+        raise AuthError(
+            f"no token for {endpoint}: set AMST_TOKEN, name a file with --token-file, or share the server's "
+            "state directory (AMST_STATE_DIR)"
+        )
+    files = Root(root) if root is not None else None
+    deadline = started + amst.connect_timeout
+    sock = _dial(endpoint, amst.connect_timeout)
+    tls = TlsStream(client_context(), server_side=False, peer=str(endpoint))
+    channel = ControlChannel(sock, tls, peer=str(endpoint))
+    try:
+        wish = handshake.Wish(wants_plaintext, count, tuple(choice.order))
+        agreement = handshake.connect(channel, token=token, wish=wish, terms=own_terms(settings), deadline=deadline)
+        name = choice.settle([offer.transport for offer in agreement.peer.transports])
+        core = make_core(settings, agreement.peer, peer=str(endpoint), is_opener=True)
+    except BaseException:
+        channel.close()
+        choice.close()
+        raise
+    session = Session(
+        core,
+        channel,
+        session_id=agreement.session_id,
+        encrypted=not wants_plaintext,
+        root=files,
+        max_message=settings.limits.max_message,
+        max_streams=amst.max_streams,
+        mode=Mode.DATACENTER.value,
+        on_lane_request=lambda session, request: core.tell(LaneRequest(_missing(core, request), name)),
+        on_end=lambda _: choice.ended(core.error),
+    )
+    host, port = channel.remote_address
+    session.opener = LaneOpener(
+        core,
+        secret=agreement.secret,
+        plaintext=wants_plaintext,
+        route=Route(
+            host,
+            port,
+            {offer.transport: offer for offer in agreement.peer.transports},
+            amst.connect_timeout,
+            lane_timeouts(settings),
+        ),
+        transports=choice.transports,
+    )
+    session.wanted_transport = name
+    session.transport_reason = choice.reason
+    session.start()
+    try:
+        session.opener.wait_first(max(0.1, deadline - time.monotonic()))
+    except AmstError as err:
+        session.abort()
+        if core.error is not err and not isinstance(err, ConnectError | DeadlineError):
+            raise ConnectError(f"cannot open a stream to {endpoint}: {err}", peer=str(endpoint)) from err
+        raise
+    session.setup_seconds = time.monotonic() - started
+    choice.opened(session)
+    return session
+
+
+def _dial(endpoint: Endpoint, timeout_s: float) -> socket.socket:
+    """A TCP connection to the control listener, trying each address of the name in turn."""
+    try:
+        return socket.create_connection((endpoint.host, endpoint.port), timeout_s, all_errors=True)
+    except socket.gaierror as err:
+        raise ConnectError(f"cannot find {endpoint.host}: {err.strerror}", peer=str(endpoint), retryable=False) from err
+    except ExceptionGroup as group:
+        reasons = "; ".join(sorted({str(err) for err in group.exceptions}))
+        raise ConnectError(f"cannot connect to {endpoint}: {reasons}", peer=str(endpoint)) from group
+    except OSError as err:
+        raise ConnectError(f"cannot connect to {endpoint}: {err}", peer=str(endpoint)) from err
+
+
+def _missing(core: SessionCore, request: LaneRequest) -> int:
+    """The acceptor wishes for so many lanes in all: how many to ask it for."""
+    return max(0, request.count - len(core.lanes))

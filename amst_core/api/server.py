@@ -1,0 +1,334 @@
+"""Accepting sessions: connections come in, are proven, admitted, served, and in the end drained."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from ..control import handshake
+from ..control.channel import ControlChannel
+from ..control.listener import Listener
+from ..endpoint import DEFAULT_PORT, parse_endpoint
+from ..errors import AmstError, AuthError, BusyError, ClosedError, DeadlineError, ProtocolError
+from ..files.root import Root
+from ..interfaces import Advertisement, Endpoint, Lane, Mode, Transport
+from ..plugins import Plugins
+from ..security.identity import ServerIdentity, state_dir
+from ..security.tls import TlsStream, server_context
+from ..session.admission import LaneIdentity, challenge, protection_for
+from ..session.session import Session
+from ..settings.load import load_settings
+from ..settings.values import Settings
+from ..wire.messages import LaneGrant
+from .assembly import lane_timeouts, make_core, own_terms
+from .choice import usable_transports
+
+_log = logging.getLogger("amst.api")
+
+LOOPBACK: Final = ("127.", "[::1]", "[::ffff:127.")
+"""How the address of a peer on this machine begins."""
+
+
+def listen(
+    address: str = f"[::]:{DEFAULT_PORT}",
+    *,
+    root: str | os.PathLike[str] | None = None,
+    settings: Settings | None = None,
+    state_dir: str | os.PathLike[str] | None = None,
+    on_session: Callable[[Session], None] | None = None,
+) -> Server:
+    """Accept sessions at ``address``.
+
+    Args:
+        root: the directory whose files the peers may read and write; None serves no files.
+        state_dir: where token, key and certificate are kept, made when missing; by default
+            ``AMST_STATE_DIR``, else ``~/.local/state/amst``.
+        on_session: called with each new session on a thread of its own; without it use `Server.accept`.
+
+    Raises:
+        ConnectError: the address cannot be listened on.
+        PluginError: no transport can be used.
+    """
+    return Server(
+        parse_endpoint(address),
+        root=root,
+        settings=settings if settings is not None else load_settings(),
+        state=Path(state_dir) if state_dir is not None else None,
+        on_session=on_session,
+    )
+
+
+class Server:
+    """Accepts sessions until closed. Made by `listen`. Thread-safe."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        root: str | os.PathLike[str] | None,
+        settings: Settings,
+        state: Path | None,
+        on_session: Callable[[Session], None] | None,
+    ) -> None:
+        self._settings = settings
+        self._on_session = on_session
+        self._plugins = Plugins()
+        directory = state if state is not None else state_dir(os.environ)
+        identity = ServerIdentity.load_or_create(directory)
+        self._identity = identity
+        self._tls = server_context(identity.certificate_path, identity.key_path)
+        held = directory.stat()
+        self._root = Root(root, forbidden=[(held.st_dev, held.st_ino)]) if root is not None else None
+        self._transports = usable_transports(self._plugins, settings)
+        self._advertised: dict[str, Advertisement] = {}
+        self._by_tag: dict[int, Transport] = {}
+        for tag, (name, transport) in enumerate(self._transports.items(), 1):
+            self._by_tag[tag] = transport
+            self._advertised[name] = transport.advertise(tag, lambda lane, t=transport: self._admit(lane, t))  # type: ignore[misc]
+        self._lock = threading.Lock()
+        self._sessions: dict[str, Session] = {}
+        self._admitting = 0  # handshakes that count towards limits.sessions
+        self._grants: dict[int, _Grant] = {}
+        self._incarnations = itertools.count(secrets.randbits(48) + 1)
+        self._accepted: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
+        self._closed = False
+        self._listener = Listener(
+            endpoint,
+            on_control=self._on_control,
+            on_lane=self._on_lane,
+            handshake_timeout_s=settings.limits.handshake_timeout,
+        )
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` it listens on, port 0 resolved, an IPv6 host in brackets."""
+        return self._listener.address
+
+    @property
+    def token(self) -> bytes:
+        """The secret that clients must know."""
+        return self._identity.token
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The live sessions."""
+        with self._lock:
+            return list(self._sessions.values())
+
+    def accept(self, timeout: float | None = None) -> Session:
+        """The next new session (only without ``on_session``).
+
+        Raises:
+            DeadlineError: none within ``timeout`` seconds.
+            ClosedError: the server is closed.
+        """
+        try:
+            session = self._accepted.get(timeout=timeout)
+        except queue.Empty:
+            raise DeadlineError(f"no session within {timeout} s") from None
+        if session is None:
+            self._accepted.put(None)  # for the next one who waits
+            raise ClosedError("the server is closed")
+        return session
+
+    def __iter__(self) -> Iterator[Session]:
+        while True:
+            try:
+                yield self.accept()
+            except ClosedError:
+                return
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Stop accepting, let what is under way finish for ``timeout_s`` seconds, then end every session.
+
+        Raises:
+            DeadlineError: some transfers were not finished in time; says how many and with whom.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._listener.close()
+        deadline = time.monotonic() + timeout_s
+        late: list[str] = []
+        sessions = self.sessions
+        for session in sessions:
+            try:
+                session.drain(max(0.0, deadline - time.monotonic()))
+                session.close(max(0.0, deadline - time.monotonic()))
+            except AmstError as err:
+                late.append(str(err))
+                session.abort()
+        for session in sessions:
+            session.wait_closed(5.0)
+        self._accepted.put(None)
+        for transport in self._transports.values():
+            transport.close()
+        if self._root is not None:
+            self._root.close()
+        if late:
+            raise DeadlineError("; ".join(late))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(30.0 if kind is None else 0.0)
+
+    # ---- connections -----------------------------------------------------------------------------
+
+    def _on_control(self, sock: socket.socket, peer: str) -> None:
+        """A control connection: prove, agree, begin a session."""
+        deadline = time.monotonic() + self._settings.limits.handshake_timeout
+        channel = ControlChannel(sock, TlsStream(self._tls, server_side=True, peer=peer), peer=peer)
+        counted = False
+
+        def admit(wish: handshake.Wish) -> None:
+            nonlocal counted
+            if wish.plaintext and not (self._settings.security.allow_plaintext or peer.startswith(LOOPBACK)):
+                raise AuthError("this server allows no plaintext from other machines (security.allow_plaintext)")
+            with self._lock:
+                if self._closed:
+                    raise BusyError("the server is stopping")
+                if len(self._sessions) + self._admitting >= self._settings.limits.sessions:
+                    raise BusyError(f"the server has its {self._settings.limits.sessions} sessions (limits.sessions)")
+                self._admitting += 1
+                counted = True
+
+        try:
+            agreement = handshake.accept(
+                channel,
+                token=self._identity.token,
+                certificate=self._identity.certificate_der,
+                terms=own_terms(self._settings, tuple(self._advertised.values())),
+                admit=admit,
+                deadline=deadline,
+            )
+            session = self._begin(channel, agreement, peer)
+        except BaseException:
+            channel.close()
+            raise
+        finally:
+            if counted:
+                with self._lock:
+                    self._admitting -= 1
+        self._plugins.notify(
+            "amst_session_opened",
+            session_id=session.id,
+            peer=peer,
+            transport=session.wanted_transport,
+            mode=Mode.DATACENTER.value,
+        )
+        _log.info("session %s opened by %s", session.id[:8], peer)
+        if self._on_session is not None:
+            self._on_session(session)
+        else:
+            self._accepted.put(session)
+
+    def _begin(self, channel: ControlChannel, agreement: handshake.Agreement, peer: str) -> Session:
+        wish = agreement.wish
+        core = make_core(self._settings, agreement.peer, peer=peer, is_opener=False)
+        session = Session(
+            core,
+            channel,
+            session_id=agreement.session_id,
+            encrypted=not wish.plaintext,
+            root=self._root,
+            max_message=self._settings.limits.max_message,
+            max_streams=self._settings.transport.amst.max_streams,
+            mode=Mode.DATACENTER.value,
+            on_lane_request=lambda s, request: self._grant(s, request.count, request.transport, agreement),
+            on_end=self._session_ended,
+        )
+        session.wanted_transport = next((name for name in wish.transports if name in self._transports), "")
+        with self._lock:
+            if self._closed:
+                raise BusyError("the server is stopping")
+            self._sessions[session.id] = session
+        if session.wanted_transport:
+            self._grant(session, wish.streams, session.wanted_transport, agreement)
+        session.start()
+        return session
+
+    def _grant(self, session: Session, count: int, transport: str, agreement: handshake.Agreement) -> None:
+        """Let the opener open ``count`` more lanes, as far as the limits allow."""
+        if transport not in self._transports:
+            raise ProtocolError(f"{session.peer} asks for lanes of {transport!r}, which was not advertised")
+        with self._lock:
+            held = sum(len(s.core.lanes) for s in self._sessions.values()) + len(self._grants)
+            own = len(session.core.lanes) + sum(g.session is session for g in self._grants.values())
+            most = min(self._settings.limits.lanes - held, self._settings.transport.amst.max_streams - own)
+            granted = max(0, min(count, most))
+            first = next(self._incarnations)
+            for _ in range(granted - 1):
+                next(self._incarnations)
+            for incarnation in range(first, first + granted):
+                self._grants[incarnation] = _Grant(session, transport, agreement)
+        if granted < count:
+            _log.warning(
+                "%s asked for %d streams and gets %d (limits.lanes, max_streams)", session.peer, count, granted
+            )
+        session.core.tell(LaneGrant(first, granted, transport))
+
+    def _on_lane(self, sock: socket.socket, tag: int, peer: str) -> None:
+        transport = self._by_tag.get(tag)
+        if transport is None:
+            raise ProtocolError(f"{peer} opened a lane for transport {tag}, which was not advertised")
+        self._admit(transport.adopt(sock, lane_timeouts(self._settings)), transport)
+
+    def _admit(self, lane: Lane, transport: Transport) -> None:
+        """A new lane: whose is it, and was it granted?"""
+        try:
+            claim = challenge(lane, timeout_s=self._settings.limits.handshake_timeout)
+            with self._lock:
+                grant = self._grants.get(claim.incarnation)
+            if grant is None or self._transports.get(grant.transport) is not transport:
+                raise AuthError(f"stream {claim.incarnation} was not granted")
+            claim.check(grant.agreement.secret)
+            with self._lock:
+                if self._grants.pop(claim.incarnation, None) is None:
+                    raise AuthError(f"stream {claim.incarnation} was admitted before")
+            identity = LaneIdentity(grant.agreement.secret, claim.incarnation, is_opener=False)
+            core = grant.session.core
+            worker = identity.make_worker(
+                core,
+                lane,
+                transport=grant.transport,
+                protection=protection_for(transport, plaintext=grant.agreement.wish.plaintext),
+            )
+            core.lane_joined(worker)
+        except BaseException:
+            lane.abort()
+            raise
+        worker.start()
+
+    def _session_ended(self, session: Session) -> None:
+        with self._lock:
+            self._sessions.pop(session.id, None)
+            for incarnation in [i for i, grant in self._grants.items() if grant.session is session]:
+                del self._grants[incarnation]
+        self._plugins.notify("amst_session_closed", session_id=session.id, error=session.error)
+        _log.info("session %s with %s ended: %s", session.id[:8], session.peer, session.error)
+
+
+class _Grant:
+    """The right to open one lane."""
+
+    __slots__ = ("agreement", "session", "transport")
+
+    def __init__(self, session: Session, transport: str, agreement: handshake.Agreement) -> None:
+        self.session = session
+        self.transport = transport
+        self.agreement = agreement
