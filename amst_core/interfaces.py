@@ -35,21 +35,10 @@ class Capability(enum.Flag):
     """Its lanes encrypt and authenticate by themselves; the core then skips its own AEAD."""
 
 
-@dataclass(frozen=True, slots=True)
-class Discard:
-    """A place for bytes that nobody needs: read ``length`` bytes from the lane and drop them."""
+Placer: TypeAlias = Callable[[memoryview], memoryview]
+"""Given a frame's header (valid during the call only), says where its payload goes and how long it is.
 
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-
-Place: TypeAlias = memoryview | Discard
-"""Where a payload goes. A transport fills it to the last byte before ``recv_frame`` returns."""
-
-Placer: TypeAlias = Callable[[memoryview], Place]
-"""Given a frame's header (valid during the call only), says where its payload goes and how long it is."""
+A transport fills the view to its last byte before ``recv_frame`` returns, and writes nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +246,6 @@ class StreamLane(Lane):
     def __init__(self) -> None:
         self._header = bytearray(HEADER_SIZE)
         self._header_view = memoryview(self._header)
-        self._scratch: bytearray | None = None
 
     @abstractmethod
     def write(self, parts: Sequence[memoryview]) -> int:
@@ -286,9 +274,7 @@ class StreamLane(Lane):
         if not self._fill(self._header_view, idle=True):
             return None
         target = place(self._header_view)
-        if isinstance(target, Discard):
-            self._discard(target.length)
-        elif target.nbytes:
+        if target.nbytes:
             self._fill(target, idle=False)
         return bytes(self._header)
 
@@ -302,15 +288,6 @@ class StreamLane(Lane):
                 raise BrokenError("the peer closed the connection inside a frame")
             got += step
         return True
-
-    def _discard(self, length: int) -> None:
-        if self._scratch is None:
-            self._scratch = bytearray(65536)
-        view = memoryview(self._scratch)
-        while length:
-            step = min(length, len(view))
-            self._fill(view[:step], idle=False)
-            length -= step
 
 
 class Transport(ABC):

@@ -1,0 +1,75 @@
+"""What the kernel knows about a TCP connection: TCP_INFO and TCP_CONGESTION as `PathStats`.
+
+The layout is ``struct tcp_info`` of the Linux user API (include/uapi/linux/tcp.h). It only ever grew at its
+end, so a shorter answer from an older kernel leaves the later fields unknown.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Final
+
+from amst_core.interfaces import PathStats
+
+_FIELDS: Final = {
+    "flags": (7, struct.Struct("=B")),  # bit 0: delivery_rate_app_limited
+    "snd_mss": (16, struct.Struct("=I")),
+    "rtt_us": (68, struct.Struct("=I")),
+    "snd_cwnd": (80, struct.Struct("=I")),
+    "total_retrans": (100, struct.Struct("=I")),
+    "pacing_rate": (104, struct.Struct("=Q")),
+    "min_rtt_us": (148, struct.Struct("=I")),
+    "data_segs_out": (156, struct.Struct("=I")),
+    "delivery_rate": (160, struct.Struct("=Q")),
+    "bytes_retrans": (208, struct.Struct("=Q")),
+}
+"""Offset and type of each field used here."""
+
+_APP_LIMITED: Final = 1
+_UNKNOWN_U32: Final = (1 << 32) - 1
+_UNKNOWN_U64: Final = (1 << 64) - 1
+_ASK_FOR: Final = 512
+"""Bytes to ask for: more than any kernel returns today; it answers with what it has."""
+
+
+def read_path_stats(sock: socket.socket) -> PathStats:
+    """Statistics of a connected TCP socket.
+
+    Raises:
+        OSError: the socket is closed.
+    """
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ASK_FOR)
+    name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return decode_tcp_info(info, congestion=name.partition(b"\0")[0].decode("ascii", "replace") or None)
+
+
+def decode_tcp_info(info: bytes, *, congestion: str | None) -> PathStats:
+    """Decode ``struct tcp_info``; what it does not hold, or holds as "not measured yet", is None.
+
+    Segments are those that carried data (``tcpi_data_segs_out``): pure acknowledgements are never sent
+    again, so counting them would dilute a loss rate.
+    """
+    found = {
+        name: layout.unpack_from(info, offset)[0]
+        for name, (offset, layout) in _FIELDS.items()
+        if offset + layout.size <= len(info)
+    }
+    mss = found.get("snd_mss") or None
+    cwnd_segments = found.get("snd_cwnd")
+    min_rtt_us = found.get("min_rtt_us")
+    pacing_rate = found.get("pacing_rate")
+    delivery_rate = found.get("delivery_rate") or None  # 0: no sample yet
+    return PathStats(
+        rtt_s=found["rtt_us"] / 1e6 if found.get("rtt_us") else None,
+        min_rtt_s=None if min_rtt_us in (None, _UNKNOWN_U32) else min_rtt_us / 1e6,
+        cwnd=cwnd_segments * mss if cwnd_segments and mss else None,
+        pacing_rate=None if pacing_rate in (None, _UNKNOWN_U64) else float(pacing_rate),
+        delivery_rate=None if delivery_rate is None else float(delivery_rate),
+        app_limited=None if delivery_rate is None else bool(found["flags"] & _APP_LIMITED),
+        segments_sent=found.get("data_segs_out"),
+        segments_retransmitted=found.get("total_retrans"),
+        bytes_retransmitted=found.get("bytes_retrans"),
+        mss=mss,
+        congestion=congestion,
+    )
