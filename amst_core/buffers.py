@@ -105,8 +105,8 @@ class MessageMemory:
         self._on_return = on_return
 
     def fits(self, size: int) -> bool:
-        """``size`` more bytes may be charged."""
-        return self.charged + size <= self.budget
+        """``size`` more bytes may be charged. One message always may, however large."""
+        return not self.charged or self.charged + size <= self.budget
 
     def lend(self, size: int, *, charge: int) -> tuple[memoryview, int]:
         """A block of ``size`` bytes and its key for `recharge`; ``charge`` bytes count until it returns."""

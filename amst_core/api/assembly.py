@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from ..control.handshake import Terms
 from ..engine import Limits
 from ..interfaces import Advertisement, LaneTimeouts
-from ..session.core import INITIAL_CREDIT, SessionCore
+from ..session.core import SessionCore
 from ..settings.values import Settings
+
+MAX_INITIAL_CREDIT: Final = 64 << 10
+"""Credit that comes with each OPEN: a message or file of this size needs no round trip for it."""
 
 
 def own_terms(settings: Settings, advertised: tuple[Advertisement, ...] = ()) -> Terms:
+    """What this side offers: its limits, and how it can be reached."""
+    limits = settings.limits
+    # messages not granted yet may fill this much each, so all of them together must stay a small part
+    initial_credit = max(1024, min(MAX_INITIAL_CREDIT, limits.memory // 8 // limits.open_transfers))
     return Terms(
         max_chunk=max(settings.transport.amst.chunk_size, 1 << 20),
         max_open=settings.limits.open_transfers,
-        initial_credit=INITIAL_CREDIT,
+        initial_credit=initial_credit,
         transports=advertised,
     )
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from ..errors import AmstError, ConnectError, PluginError, UnavailableError, UsageError
+from ..errors import ConnectError, PluginError, UnavailableError, UsageError
 from ..interfaces import Candidate, Endpoint, Mode, Transport
 from ..plugins import FIRST_PARTY, Plugins
 from ..session.session import Session
@@ -85,6 +85,7 @@ class TransportChoice:
         return common[0]
 
     def opened(self, session: Session) -> None:
+        """A session came about; its end is told by `close`."""
         self._session = session
         self._plugins.notify(
             "amst_session_opened",
@@ -94,13 +95,10 @@ class TransportChoice:
             mode=Mode.DATACENTER.value,
         )
 
-    def ended(self, error: AmstError | None) -> None:
-        """The session is over."""
-        if self._session is not None:
-            self._plugins.notify("amst_session_closed", session_id=self._session.id, error=error)
-        self.close()
-
     def close(self) -> None:
+        """The session is over, or never came about."""
+        if self._session is not None:
+            self._plugins.notify("amst_session_closed", session_id=self._session.id, error=self._session.error)
         for transport in self.transports.values():
             transport.close()
 

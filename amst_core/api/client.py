@@ -74,7 +74,17 @@ def connect(
         )
     files = Root(root) if root is not None else None
     deadline = started + amst.connect_timeout
-    sock = _dial(endpoint, amst.connect_timeout)
+
+    def release() -> None:
+        choice.close()
+        if files is not None:
+            files.close()
+
+    try:
+        sock = _dial(endpoint, amst.connect_timeout)
+    except BaseException:
+        release()
+        raise
     tls = TlsStream(client_context(), server_side=False, peer=str(endpoint))
     channel = ControlChannel(sock, tls, peer=str(endpoint))
     try:
@@ -84,7 +94,7 @@ def connect(
         core = make_core(settings, agreement.peer, peer=str(endpoint), is_opener=True)
     except BaseException:
         channel.close()
-        choice.close()
+        release()
         raise
     session = Session(
         core,
@@ -96,7 +106,7 @@ def connect(
         max_streams=amst.max_streams,
         mode=Mode.DATACENTER.value,
         on_lane_request=lambda session, request: core.tell(LaneRequest(_missing(core, request), name)),
-        on_end=lambda _: choice.ended(core.error),
+        on_end=lambda _: release(),
     )
     host, port = channel.remote_address
     session.opener = LaneOpener(

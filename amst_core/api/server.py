@@ -35,6 +35,9 @@ from .choice import usable_transports
 
 _log = logging.getLogger("amst.api")
 
+GRANT_S: Final = 300.0
+"""How long a granted lane counts towards the limits before it is opened."""
+
 LOOPBACK: Final = ("127.", "[::1]", "[::ffff:127.")
 """How the address of a peer on this machine begins."""
 
@@ -267,6 +270,8 @@ class Server:
         if transport not in self._transports:
             raise ProtocolError(f"{session.peer} asks for lanes of {transport!r}, which was not advertised")
         with self._lock:
+            for incarnation in [i for i, grant in self._grants.items() if grant.expired()]:
+                del self._grants[incarnation]
             held = sum(len(s.core.lanes) for s in self._sessions.values()) + len(self._grants)
             own = len(session.core.lanes) + sum(g.session is session for g in self._grants.values())
             most = min(self._settings.limits.lanes - held, self._settings.transport.amst.max_streams - own)
@@ -326,9 +331,13 @@ class Server:
 class _Grant:
     """The right to open one lane."""
 
-    __slots__ = ("agreement", "session", "transport")
+    __slots__ = ("_until", "agreement", "session", "transport")
 
     def __init__(self, session: Session, transport: str, agreement: handshake.Agreement) -> None:
         self.session = session
         self.transport = transport
         self.agreement = agreement
+        self._until = time.monotonic() + GRANT_S
+
+    def expired(self) -> bool:
+        return time.monotonic() > self._until

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import select
 import threading
 import time
@@ -67,12 +66,13 @@ class ControlLoop:
         finally:
             self._say_why()
             self._channel.close()
+            self._core.wakeup.close()
 
     def _loop(self) -> None:
         core, channel = self._core, self._channel
         poll = select.poll()
         poll.register(channel, select.POLLIN)
-        poll.register(core.wake_fd, select.POLLIN)
+        poll.register(core.wakeup, select.POLLIN)
         writing = False
         while core.error is None:
             now = time.monotonic()
@@ -89,8 +89,8 @@ class ControlLoop:
             # poll takes whole milliseconds: round up, or it would spin through the last one
             ready = poll.poll(int(wait_s * 1000 + 0.999))
             for fd, _ in ready:
-                if fd == core.wake_fd:
-                    os.eventfd_read(core.wake_fd)
+                if fd == core.wakeup.fileno():
+                    core.wakeup.clear()
                 else:
                     self._read()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import mmap
-import os
 import queue
 import threading
 import time
@@ -26,7 +25,6 @@ from ..errors import (
     BrokenError,
     BusyError,
     ClosedError,
-    DeadlineError,
     IntegrityError,
     ProtocolError,
     error_from_kind,
@@ -37,14 +35,12 @@ from ..wire.messages import FILE, MESSAGE, SIZE_UNKNOWN, Close, LaneLost, Messag
 from .endpoints import MemorySource, Sink, Source
 from .inbox import Inbox
 from .tickets import Ticket
+from .wakeup import Wakeup
 
 if TYPE_CHECKING:
     from .lanes import LaneWorker
 
 _log = logging.getLogger("amst.session")
-
-INITIAL_CREDIT: Final = 64 << 10
-"""Credit that comes with each OPEN: a message or file of this size needs no round trip for it."""
 
 FILE_WINDOW: Final = 256 << 20
 """How far a sender may run ahead of what is on disk; nothing is buffered, so it only bounds what is in flight."""
@@ -118,12 +114,14 @@ class SessionCore:
         self.send_pool = BufferPool(memory // 6)
         self.receive_pool = BufferPool(memory // 6)
         self._scratch_limit = memory // 6
+        self._copy_limit = memory // 6
+        self._copied = 0
         self._chunk_size = min(chunk_size, remote.max_chunk)
         self.engine.chunk_size = self._chunk_size
         self.inbox = Inbox(
             self.lock,
             self.engine,
-            MessageMemory(memory // 2 - local.max_open * INITIAL_CREDIT, self._block_returned),
+            MessageMemory(memory // 2 - local.max_open * local.initial_credit, self._block_returned),
             max_message=max_message,
         )
         self._returned: deque[mmap.mmap] = deque()
@@ -137,11 +135,12 @@ class SessionCore:
         self.room = threading.Condition(self.lock)  # an outgoing transfer ended, or lanes came or went
         self.ponged = threading.Condition(self.lock)  # a lane's PONG came
         self.on_failed: Callable[[AmstError], None] | None = None
+        self.on_released: Callable[[], None] | None = None
         self._acceptors: dict[int, Acceptor] = {}  # by kind of transfer
         self._request_acceptors: dict[int, Acceptor] = {}
         self._worker: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker_thread: threading.Thread | None = None
-        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.wakeup = Wakeup()  # of the control loop
         self._sleeps_until: float | None = None  # the control loop's timeout; None: it is awake
         self._ended = threading.Event()
         self._acceptors[MESSAGE] = self.inbox.accept
@@ -174,7 +173,7 @@ class SessionCore:
         deadline = self.engine.deadline
         if self._outbox or self.engine.has_messages or (deadline is not None and deadline < self._sleeps_until):
             self._sleeps_until = None
-            os.eventfd_write(self.wake_fd, 1)
+            self.wakeup.set()
 
     def tell(self, *messages: Message) -> None:
         """Queue control messages."""
@@ -206,22 +205,18 @@ class SessionCore:
         request: int = 0,
         attributes: Mapping[str, AttributeValue] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
-        deadline: float | None = None,
     ) -> Ticket:
         """Open a transfer, waiting while the peer takes no more; the source is closed in the end.
 
         Raises:
-            AmstError: the session ended; `DeadlineError` past ``deadline`` (monotonic seconds).
+            AmstError: the session ended.
         """
         ticket = Ticket(size, cancel=self._cancel)
         ticket.on_progress = on_progress
         try:
             with self.lock:
                 while self.error is None and not self.engine.can_open:
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        raise DeadlineError(f"{self.peer} takes no more transfers at the moment", peer=self.peer)
-                    self.room.wait(left)
+                    self.room.wait()
                 self.check_open_locked()
                 if self.first_offered_at is None and size:
                     self.first_offered_at = time.monotonic()
@@ -239,7 +234,22 @@ class SessionCore:
         work.run()
         return ticket
 
+    def reserve_copy(self, size: int) -> None:
+        """Wait until ``size`` bytes may be copied for sending; pair with `release_copy`."""
+        with self.lock:
+            while self.error is None and self._copied and self._copied + size > self._copy_limit:
+                self.room.wait()
+            self.check_open_locked()
+            self._copied += size
+
+    def release_copy(self, size: int) -> None:
+        """A copy is not needed any more."""
+        with self.lock:
+            self._copied -= size
+            self.room.notify_all()
+
     def check_open_locked(self) -> None:
+        """Raise what the session ended with, if it has."""
         if self.error is not None:
             raise self.error
 
@@ -428,7 +438,7 @@ class SessionCore:
     def _fit_chunks_locked(self) -> None:
         """Keep chunk size × lanes inside the scratch memory of sealing."""
         share = self._scratch_limit // max(1, len(self.lanes)) - 8192
-        size = max(64 << 10, min(self._chunk_size, share & ~0xFFFF))
+        size = min(self._chunk_size, max(64 << 10, share & ~0xFFFF))
         if any(worker.needs_scratch for worker in self.lanes.values()) and size != self.engine.chunk_size:
             if size < self._chunk_size:
                 _log.info("chunks of %d KiB for %d streams to fit limits.memory", size >> 10, len(self.lanes))
@@ -539,10 +549,7 @@ class SessionCore:
     def _block_returned(self, block: mmap.mmap) -> None:
         # Called by whoever drops the last view, maybe inside the garbage collector with the lock held.
         self._returned.append(block)
-        try:
-            os.eventfd_write(self.wake_fd, 1)
-        except OSError:
-            pass  # the session has ended; nobody waits for memory any more
+        self.wakeup.set()
 
     # ---- the worker ------------------------------------------------------------------------------------
 
@@ -579,7 +586,7 @@ class SessionCore:
             self.ponged.notify_all()
             self._opened.notify_all()
             self.inbox.end_locked(error)
-            os.eventfd_write(self.wake_fd, 1)
+            self.wakeup.set()
         self.send_pool.close()
         self.receive_pool.close()
         for worker in lanes:
@@ -600,6 +607,8 @@ class SessionCore:
             out.source.close()
             out.ticket.complete(error)
         self._worker.put(None)
+        if self.on_released is not None:
+            self.on_released()
         self._ended.set()
 
     def wait_ended(self, timeout: float | None) -> bool:

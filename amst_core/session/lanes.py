@@ -70,7 +70,7 @@ class LaneWorker:
     def join(self) -> None:
         """Wait until no thread touches a source or a sink any more; the lane must have been aborted."""
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
 
     def send_frame_locked(self, header: FrameHeader) -> None:

@@ -103,13 +103,13 @@ class Session:
         self._max_message = max_message
         self._max_streams = max_streams
         self._on_lane_request = on_lane_request
-        self._on_end = on_end
         self.requests = Requests(core)
         self._service = FileService(core, root)
         self._telemetry = Telemetry(core, session_id=session_id, mode=mode)
         self._loop = ControlLoop(core, channel, self._handle, tick=self._telemetry.sample)
         self._health_checked_at: float | None = None
         core.on_failed = self._session_failed
+        core.on_released = lambda: on_end(self)
 
     def start(self) -> None:
         """Begin to exchange messages; called once, by whoever made the session."""
@@ -137,11 +137,21 @@ class Session:
                 f"a message of {view.nbytes} bytes is longer than limits.max_message ({self._max_message}); "
                 "send it as a file, or in several messages"
             )
-        if not (borrow or isinstance(data, bytes)):
-            view = memoryview(view.tobytes())
-        return self.core.open(
-            MESSAGE, MemorySource(view), size=view.nbytes, flow=("message", channel), channel=channel
-        )
+        if borrow or isinstance(data, bytes):
+            return self._send(view, channel)
+        size = view.nbytes
+        self.core.reserve_copy(size)
+        try:
+            ticket = self._send(memoryview(view.tobytes()), channel)
+        except BaseException:
+            self.core.release_copy(size)
+            raise
+        ticket.add_done_callback(lambda _: self.core.release_copy(size))
+        return ticket
+
+    def _send(self, view: memoryview, channel: str) -> Ticket:
+        source = MemorySource(view)
+        return self.core.open(MESSAGE, source, size=view.nbytes, flow=("message", channel), channel=channel)
 
     def recv(self, channel: str = "", *, timeout: float | None = None) -> memoryview:
         """The next message of ``channel``, in the order the peer sent them, waiting for it.
@@ -368,7 +378,6 @@ class Session:
         self.requests.end(error)
         if self.opener is not None:
             self.opener.wake()
-        self._on_end(self)
 
     def _handle(self, message: Message) -> None:
         """A control message (on the control loop's thread)."""

@@ -1,0 +1,283 @@
+"""What can be typed: the commands, their options and their help. Imports nothing that costs time.
+
+Each command has a parser of its own, made when that command is used. Options and operands may be mixed;
+after ``--`` there are operands only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NoReturn
+
+from ..errors import UsageError
+from ..units import parse_duration, parse_size
+
+MAX_STREAMS: Final = 512
+DEFAULT_LISTEN: Final = "[::]:9000"
+DEFAULT_BENCH_S: Final = 10.0
+
+_HELP: Final = """\
+usage: amst COMMAND [OPTION...] [ARGUMENT...]
+
+Moves files fast over many streams, encrypted and verified.
+
+commands:
+  serve                       serve a directory to those who know this machine's token
+  cp SRC... DST               copy files and directories to or from a server
+  bench URL                   measure memory to memory, through the same path as cp
+  plugins [list] [--check]    list the installed plugins; --check tries each
+  config check FILE           check a settings file
+
+options:
+  -h, --help                  this text; amst COMMAND --help says more
+  -V, --version               the version
+
+examples:
+  amst serve --root /srv/data
+  amst cp ./dataset amst://host/incoming/
+"""
+
+_LOCATIONS: Final = """\
+A location is a local path or amst://HOST[:9000]/PATH, relative to the server's root and percent-encoded where
+needed. The names are cp's: into an existing directory or one written with a trailing /, else under the target's
+name. Directories are copied whole, links as links; modes and modification times are kept.
+"""
+
+_EXITS: Final = """\
+exit codes: 0 all arrived and is verified; 1 other; 2 usage or settings; 3 source not found; 4 cannot connect;
+5 interrupted after a part had arrived; 6 refused: token, permission, path; 7 damaged data; 8 --require cannot be
+met; 130 SIGINT; 143 SIGTERM
+"""
+
+_CREDENTIALS: Final = """\
+A client must know the server's token: it finds it by --token-file FILE, in AMST_TOKEN, or in the state directory
+(AMST_STATE_DIR, by default ~/.local/state/amst), which is where a server on the same account keeps it.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains with a `UsageError`, so that --json can report it too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see: {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        print(version_line())
+        parser.exit()
+
+
+def version_line() -> str:
+    """``amst`` and the version of the installed distribution."""
+    from importlib.metadata import version
+
+    return f"amst {version('amst-core')}"
+
+
+def wants_json(argv: Sequence[str]) -> bool:
+    """Whether --json was asked for, also on a command line that does not parse."""
+    return "--json" in _before_dashes(argv)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line as a namespace, ``command`` its command.
+
+    Raises:
+        UsageError: it makes no sense; says what does.
+        SystemExit: help or the version was asked for and printed.
+    """
+    first = argv[0] if argv else ""
+    if first in ("-h", "--help"):
+        print(_HELP, end="")
+        raise SystemExit(0)
+    if first in ("-V", "--version"):
+        print(version_line())
+        raise SystemExit(0)
+    make = _COMMANDS.get(first)
+    if make is None:
+        what = f"unknown command {first!r}" if first and not first.startswith("-") else "no command given"
+        if first.startswith("-"):
+            what = f"unknown option {first}"
+        raise UsageError(f"{what}; the commands are {', '.join(_COMMANDS)} (see: amst --help)")
+    # Cut at "--" here: in Python 3.11, parse_intermixed_args forgets it and takes what follows for options.
+    options = _before_dashes(argv[1:])
+    parser = make()
+    namespace = parser.parse_intermixed_args(options)
+    namespace.command = first
+    namespace.operands += argv[2 + len(options) :]
+    return namespace
+
+
+def _before_dashes(argv: Sequence[str]) -> list[str]:
+    return list(argv[: argv.index("--")] if "--" in argv else argv)
+
+
+# ---- parsers ------------------------------------------------------------------------------
+
+
+def _parser(command: str, usage: str, description: str, epilog: str = "") -> _Parser:
+    parser = _Parser(
+        prog=f"amst {command}",
+        usage=textwrap.dedent(usage).strip(),
+        description=description,
+        epilog=epilog or None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("operands", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="help", help="this text")
+    parser.add_argument("-V", "--version", action=_Version, nargs=0, help="the version")
+    return parser
+
+
+def _add_common(parser: _Parser) -> None:
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE",
+        help="settings file, YAML or TOML; may be repeated; replaces the one of AMST_CONFIG",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", type=_setting,
+        help="one setting, e.g. limits.memory=2GiB; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("-q", "--quiet", action="store_true", help="errors only: no progress, no summary")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
+
+
+def _add_client(parser: _Parser) -> None:
+    parser.add_argument(
+        "--streams", type=_streams, metavar="N|auto", help=f"streams to use, 1 to {MAX_STREAMS} (default: auto)"
+    )
+    parser.add_argument("--transport", metavar="NAME", help="transport to prefer; another is used where it will not do")
+    parser.add_argument("--require", metavar="NAME", help="transport that must be used, or nothing is done (exit 8)")
+    parser.add_argument(
+        "--plaintext", action="store_true",
+        help="checked but not encrypted data; a server grants it on loopback or where its settings allow it",
+    )  # fmt: skip
+    parser.add_argument("--token-file", metavar="FILE", help="file that holds the server's token")
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object on standard output")
+    _add_common(parser)
+
+
+def _serve() -> _Parser:
+    parser = _parser(
+        "serve",
+        "amst serve [--listen HOST:PORT] [--root DIR] [OPTION...]",
+        "Serve a directory: those who know the token of the state directory may read and write below it.",
+        "Prints one line, 'listening on HOST:PORT', when ready. SIGTERM or SIGINT ends it after the transfers under\n"
+        "way, at most 30 s; a second one ends it at once.\n",
+    )
+    parser.add_argument(
+        "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT",
+        help=f"where to listen (default: {DEFAULT_LISTEN}, IPv6 and IPv4); port 0 takes a free one",
+    )  # fmt: skip
+    parser.add_argument("--root", default=".", metavar="DIR", help="what to serve (default: the working directory)")
+    _add_common(parser)
+    return parser
+
+
+def _cp() -> _Parser:
+    parser = _parser(
+        "cp",
+        "amst cp [OPTION...] SRC... DST",
+        "Copy files and directories to or from a server.\n\n" + _LOCATIONS,
+        f"{_CREDENTIALS}\n{_EXITS}",
+    )
+    parser.add_argument("-r", "--recursive", action="store_true", help="accepted; directories are copied whole anyway")
+    _add_client(parser)
+    return parser
+
+
+def _bench() -> _Parser:
+    parser = _parser(
+        "bench",
+        "amst bench [OPTION...] amst://HOST[:PORT] [--size SIZE | --time TIME] [--reverse]",
+        "Measure memory to memory: messages through a session with its checks and its encryption.",
+        f"{_CREDENTIALS}\n{_EXITS}",
+    )
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--size", type=_bench_size, metavar="SIZE", help="how much to move, e.g. 4GiB")
+    limit.add_argument(
+        "--time", type=_bench_time, metavar="TIME", help=f"how long to send, e.g. 30s (default: {DEFAULT_BENCH_S:g}s)"
+    )
+    parser.add_argument("--reverse", action="store_true", help="the server sends")
+    _add_client(parser)
+    return parser
+
+
+def _plugins() -> _Parser:
+    parser = _parser(
+        "plugins",
+        "amst plugins [list] [--check] [--json]",
+        "List the installed plugins, without importing any; --check tries each and exits 1 if one fails.",
+    )
+    parser.add_argument("--check", action="store_true", help="import and try each plugin")
+    _add_plain(parser)
+    return parser
+
+
+def _config() -> _Parser:
+    parser = _parser("config", "amst config check [--json] FILE", "Check a settings file and list all its faults.")
+    _add_plain(parser)
+    return parser
+
+
+def _add_plain(parser: _Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object on standard output")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
+
+
+_COMMANDS: Final[Mapping[str, Callable[[], _Parser]]] = {
+    "serve": _serve,
+    "cp": _cp,
+    "bench": _bench,
+    "plugins": _plugins,
+    "config": _config,
+}
+
+
+# ---- values -------------------------------------------------------------------------------
+
+
+def _streams(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_STREAMS):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 1 to {MAX_STREAMS}")
+    return int(text)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value, such as limits.memory=2GiB")
+    return key.strip(), value
+
+
+def _bench_size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except UsageError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+    if not size:
+        raise argparse.ArgumentTypeError("nothing cannot be measured; give at least 1 byte")
+    return size
+
+
+def _bench_time(text: str) -> float:
+    try:
+        duration_s = parse_duration(text)
+    except UsageError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+    if not 0 < duration_s <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not within 0 and 24h")
+    return duration_s

@@ -1,0 +1,155 @@
+"""What a command says at its end: the JSON object for scripts, the summary and the errors for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from ..errors import AmstError
+
+if TYPE_CHECKING:
+    from .. import Session
+
+_SHOWN_FAILURES: Final = 20
+_UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+@dataclass(slots=True)
+class Failure:
+    """A file that did not arrive, and why."""
+
+    path: str
+    kind: str
+    message: str
+
+
+@dataclass(slots=True)
+class Report:
+    """The result of cp or bench, filled as it goes; all fields but the last are the keys of --json, in their order.
+
+    What is not (yet) known is None, or 0 where it is a count. ``seconds`` run from the first payload byte
+    offered to the last one acknowledged as verified. ``arrived``: some bytes had, on one side or the other.
+    """
+
+    ok: bool = False
+    bytes: int = 0
+    files: int = 0
+    seconds: float = 0.0
+    setup_seconds: float = 0.0
+    throughput_bytes_per_s: float = 0.0
+    transport: str | None = None
+    mode: str | None = None
+    streams: int = 0
+    congestion: str | None = None
+    congestion_backend: str | None = None
+    encrypted: bool | None = None
+    verified: bool | None = None
+    retransmitted_bytes: int = 0
+    resumed_bytes: int = 0
+    lane_failures: int = 0
+    switches: int = 0
+    reason: str | None = None
+    failed: list[Failure] = field(default_factory=list)
+    error: Mapping[str, object] | None = None
+    arrived: bool = False
+
+    def take_session(self, session: Session) -> None:
+        """Note what the session knows about itself, while it lives or after."""
+        about, metrics = session.report, session.metrics()
+        self.setup_seconds = about.setup_seconds
+        self.transport = metrics.transport_type
+        self.mode = metrics.mode
+        self.streams = about.most_streams
+        self.congestion = metrics.congestion
+        self.congestion_backend = metrics.congestion_backend
+        self.encrypted = about.encrypted
+        self.verified = True  # nothing is acknowledged that was not
+        self.retransmitted_bytes = metrics.retransmitted_bytes
+        self.lane_failures = metrics.lane_failures
+        self.reason = about.transport_reason or None
+        self.arrived = bool(session.core.engine.bytes_acknowledged or metrics.bytes_received)
+
+    def take_amount(self, moved_bytes: int, *, files: int = 0, seconds: float) -> None:
+        """Note how much arrived, and in which time."""
+        self.bytes, self.files, self.seconds = moved_bytes, files, seconds
+        self.throughput_bytes_per_s = moved_bytes / seconds if seconds > 0 else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """Every key, always."""
+        values: dict[str, object] = {name: getattr(self, name) for name in self.__slots__ if name != "arrived"}
+        values["failed"] = [{"path": f.path, "kind": f.kind, "message": f.message} for f in self.failed]
+        return values
+
+
+def describe_error(error: AmstError, message: str | None = None) -> dict[str, object]:
+    """The ``error`` object of --json."""
+    return {"kind": error.kind, "message": message or error.message, "retryable": error.retryable}
+
+
+def print_json(value: Mapping[str, object]) -> None:
+    """One object on one line of standard output."""
+    print(json.dumps(value), flush=True)
+
+
+def say(line: str) -> None:
+    """One line for people, on standard error, where it does not get between a script and its data."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def complain(message: str) -> None:
+    """One error or note."""
+    say(f"amst: {message}")
+
+
+def complain_about(failed: list[Failure]) -> None:
+    """What did not arrive, a few lines of it at most."""
+    for failure in failed[:_SHOWN_FAILURES]:
+        # Most messages name their file already.
+        named = failure.path in failure.message
+        complain(failure.message if named else f"{failure.path}: {failure.message}")
+    if len(failed) > _SHOWN_FAILURES:
+        complain(f"... and {count(len(failed) - _SHOWN_FAILURES, 'more')} (--json lists all)")
+
+
+def summary(report: Report, verb: str, *, count_files: bool) -> str:
+    """One line for people: how much, how fast, over what."""
+    what = size(report.bytes)
+    if count_files:
+        what = f"{count(report.files, 'file' if report.files == 1 else 'files')}, {what}"
+    parts = [f"{verb} {what} in {report.seconds:.2f} s ({rate(report.throughput_bytes_per_s)})"]
+    plural = "stream" if report.streams == 1 else "streams"
+    parts.append(f" over {report.streams} {report.transport} {plural}")
+    parts.append(", encrypted" if report.encrypted else ", in plaintext")
+    parts.append(", verified" if report.verified else "")
+    return "".join(parts)
+
+
+def count(number: int, noun: str) -> str:
+    """``4 321 files``."""
+    return f"{number:,} {noun}".replace(",", " ")
+
+
+def size(amount: float) -> str:
+    """Bytes with the largest binary unit below it and three digits or so: ``1.2 GiB``."""
+    power = 0
+    while round(amount, 1 if amount < 10 else 0) >= 1024 and power < len(_UNITS) - 1:
+        amount /= 1024
+        power += 1
+    if not power:
+        return f"{amount:.0f} {'byte' if round(amount) == 1 else 'bytes'}"
+    return f"{amount:.{1 if amount < 99.95 else 0}f} {_UNITS[power]}"
+
+
+def rate(bytes_per_s: float) -> str:
+    """``1.4 GiB/s``."""
+    return size(bytes_per_s) + "/s"
+
+
+def clock(seconds: float) -> str:
+    """``0:42``, ``1:02:03``."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

@@ -1,0 +1,197 @@
+"""What `amst bench` moves: messages over a session, sent by either side. Uses the public API only.
+
+The client asks on one channel, as JSON: ``{"send": false}``, then sends messages on the other until an empty
+one; or ``{"send": true, "size": BYTES | null, "seconds": S | null, "message": BYTES, "window": N}``, then receives
+them. The server answers ``{"ready": true}`` before, and after having sent ``{"bytes": B, "seconds": S}``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import AmstError, BrokenError, ClosedError, ConnectError, DeadlineError, ProtocolError
+
+if TYPE_CHECKING:
+    from .. import Session, Ticket
+
+DATA: Final = "amst.bench"
+CONTROL: Final = "amst.bench.control"
+
+MAX_MESSAGE: Final = 64 << 20
+MAX_WINDOW: Final = 1024
+_MAX_CONTROL: Final = 4096
+_MAX_SECONDS: Final = 86400.0
+_ANSWER_TIMEOUT_S: Final = 20.0
+
+_log = logging.getLogger("amst.bench")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much to send: ``size`` bytes or for ``seconds``, in messages of ``message`` bytes, ``window`` at once."""
+
+    size: int | None
+    seconds: float | None
+    message: int
+    window: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has arrived so far; kept by one thread, read by others. ``seconds`` is set at the end."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+# ---- the client's side --------------------------------------------------------------------
+
+
+def send(session: Session, load: Load, tally: Tally, *, progress: Callable[[], None]) -> None:
+    """Have the server take what ``load`` says; ``tally`` counts what it acknowledged.
+
+    Raises:
+        ConnectError: the other side runs no bench service.
+        AmstError: the session ended.
+    """
+    _tell(session, {"send": False})
+    _answer(session)
+    push(session, load, tally, progress=progress)
+
+
+def receive(session: Session, load: Load, tally: Tally, *, progress: Callable[[], None]) -> None:
+    """Have the server send what ``load`` says; ``tally`` counts what came, its time is the server's.
+
+    Raises:
+        ConnectError: the other side runs no bench service.
+        ProtocolError: what it says that it sent is not what came.
+        AmstError: the session ended.
+    """
+    _tell(
+        session,
+        {"send": True, "size": load.size, "seconds": load.seconds, "message": load.message, "window": load.window},
+    )
+    _answer(session)
+    drain(session, tally, progress=progress)
+    sent = _answer(session)
+    if sent.get("bytes") != tally.bytes or not isinstance(sent.get("seconds"), int | float):
+        raise ProtocolError(f"the server says that it sent {sent.get('bytes')!r} bytes, but {tally.bytes} arrived")
+    tally.seconds = float(sent["seconds"])
+
+
+def _tell(session: Session, value: Mapping[str, object]) -> None:
+    session.send(json.dumps(value).encode(), channel=CONTROL)
+
+
+def _answer(session: Session) -> Mapping[str, Any]:
+    try:
+        answer = _parse(session.recv(CONTROL, timeout=_ANSWER_TIMEOUT_S))
+    except DeadlineError as err:
+        raise ConnectError(
+            f"{session.peer} does not answer on the channel {CONTROL}: run `amst serve` there", retryable=False
+        ) from err
+    if "error" in answer:
+        raise ProtocolError(f"{session.peer} refuses to measure: {answer['error']}")
+    return answer
+
+
+# ---- the server's side --------------------------------------------------------------------
+
+
+def offer(session: Session) -> None:
+    """Do what the peer of ``session`` asks for on `CONTROL`, on a thread of its own, until the session ends."""
+    threading.Thread(target=_serve, args=(session,), name=f"amst-bench-{session.id}", daemon=True).start()
+
+
+def _serve(session: Session) -> None:
+    try:
+        while True:
+            try:
+                request = _parse(session.recv(CONTROL))
+                load = _parse_load(request) if request.get("send") is True else None
+            except ProtocolError as err:
+                _tell(session, {"error": str(err)})
+                continue
+            _tell(session, {"ready": True})
+            tally = Tally()
+            if load is None:
+                drain(session, tally)
+            else:
+                push(session, load, tally)
+                _tell(session, {"bytes": tally.bytes, "seconds": tally.seconds})
+    except (ClosedError, BrokenError):
+        return
+    except AmstError as err:
+        _log.info("the bench service for %s ended: %s", session.peer, err)
+
+
+def _parse(message: memoryview) -> Mapping[str, Any]:
+    if len(message) > _MAX_CONTROL:
+        raise ProtocolError(f"a bench message of {len(message)} bytes; {_MAX_CONTROL} are allowed")
+    try:
+        value = json.loads(bytes(message))
+    except (ValueError, RecursionError) as err:
+        raise ProtocolError("a bench message that is no JSON") from err
+    if not isinstance(value, dict):
+        raise ProtocolError("a bench message that is no JSON object")
+    return value
+
+
+def _parse_load(request: Mapping[str, Any]) -> Load:
+    size, seconds = request.get("size"), request.get("seconds")
+    message, window = request.get("message"), request.get("window")
+    if (
+        (size is None) == (seconds is None)
+        or not (size is None or (type(size) is int and 0 < size < 1 << 63))
+        or not (seconds is None or (type(seconds) in (int, float) and 0 < seconds <= _MAX_SECONDS))
+        or not (type(message) is int and 0 < message <= MAX_MESSAGE)
+        or not (type(window) is int and 0 < window <= MAX_WINDOW)
+    ):
+        raise ProtocolError("a bench request with values out of bounds")
+    return Load(size, seconds, message, window)
+
+
+# ---- both ---------------------------------------------------------------------------------
+
+
+def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], None] | None = None) -> None:
+    """Send what ``load`` says and wait until all of it is acknowledged; then an empty message."""
+    payload = memoryview(os.urandom(load.message))
+    waiting: deque[Ticket] = deque()
+    offered = 0
+    began = time.monotonic()
+
+    def settle(ticket: Ticket) -> None:
+        ticket.wait()
+        tally.bytes += ticket.size
+        if progress is not None:
+            progress()
+
+    while load.size is None or offered < load.size:
+        if load.seconds is not None and time.monotonic() - began >= load.seconds:
+            break
+        length = load.message if load.size is None else min(load.message, load.size - offered)
+        waiting.append(session.send(payload[:length], channel=DATA, borrow=True))
+        offered += length
+        if len(waiting) >= load.window:
+            settle(waiting.popleft())
+    while waiting:
+        settle(waiting.popleft())
+    tally.seconds = time.monotonic() - began
+    session.send(b"", channel=DATA).wait()
+
+
+def drain(session: Session, tally: Tally, *, progress: Callable[[], None] | None = None) -> None:
+    """Receive and drop messages until an empty one."""
+    while length := len(session.recv(DATA)):
+        tally.bytes += length
+        if progress is not None:
+            progress()
