@@ -36,7 +36,7 @@ class Telemetry:
         now = time.monotonic()
         self.sample(now)
         with core.lock:
-            live = list(core.lanes.values())
+            live = [worker for worker in core.lanes.values() if not worker.leaving]
             # after the end: what the lanes were when they left
             shown = live or list(core.past_lanes)
         streams = tuple(worker.health() for worker in shown)
