@@ -16,7 +16,8 @@ from ..errors import AmstError, BrokenError, DeadlineError
 from ..security.tls import TlsStream
 from ..wire.messages import MAX_RECORD, Message, RecordReader, encode
 
-_READ_SIZE: Final = 1 << 16
+_READ_SIZE: Final = 16 << 10
+"""About one TLS record; a larger buffer would be mapped, touched and unmapped again at every call."""
 
 _GOODBYE_S: Final = 1.0
 """How long `ControlChannel.close` waits for the peer to hang up too."""

@@ -24,7 +24,8 @@ from ..errors import (
 ALPN: Final = "amst/1"
 """The application protocol both sides must agree on."""
 
-_READ_SIZE: Final = 65536
+_READ_SIZE: Final = 16384
+"""The most plaintext that a TLS record holds."""
 
 
 def client_context() -> ssl.SSLContext:

@@ -14,10 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ..buffers import BufferPool, MessageMemory
+from ..buffers import BufferPool
 from ..engine import Chunk, Engine, Limits, Placement, Verdict
 from ..engine.events import Progress, SourceDrained, TransferDone, TransferDropped, TransferOffered, TransferWhole
 from ..errors import (
@@ -121,7 +122,8 @@ class SessionCore:
         self.inbox = Inbox(
             self.lock,
             self.engine,
-            MessageMemory(memory // 2 - local.max_open * local.initial_credit, self._block_returned),
+            budget=memory // 2 - local.max_open * local.initial_credit,
+            on_return=self._block_returned,
             max_message=max_message,
         )
         self._returned: deque[mmap.mmap] = deque()
@@ -153,7 +155,8 @@ class SessionCore:
             self._sleeps_until = None
             while self._returned:
                 self.inbox.take_back_locked(self._returned.popleft())
-            out = self._outbox + self.engine.messages(now)
+            # REPLY and CLOSE come after the transfers that they speak of
+            out = self.engine.messages(now) + self._outbox
             self._outbox = []
             return out
 
@@ -251,7 +254,7 @@ class SessionCore:
     def check_open_locked(self) -> None:
         """Raise what the session ended with, if it has."""
         if self.error is not None:
-            raise self.error
+            raise copy(self.error)  # each its own: one that many raise gathers the traces of all
 
     def _cancel(self, ticket: Ticket) -> None:
         self._reset(ticket.transfer, "cancelled", "the sender cancelled the transfer")
@@ -351,7 +354,10 @@ class SessionCore:
                 self.check_open_locked()
                 placement = self.engine.place(header.transfer, header.offset, header.length)
                 if placement.verdict is not Verdict.PARK:
-                    return placement, self._sinks.get(header.transfer)
+                    sink = self._sinks.get(header.transfer)
+                    if placement.verdict is Verdict.FILL and sink is not None:
+                        sink.prepare_locked()
+                    return placement, sink
                 now = time.monotonic()
                 deadline = deadline or now + self._park_timeout_s
                 if now >= deadline:
@@ -371,9 +377,14 @@ class SessionCore:
     def copied(self, placement: Placement) -> tuple[Placement, Sink] | None:
         """A verified COPY: where it is needed after all, if it is."""
         with self.lock:
+            self.check_open_locked()
             fill = self.engine.copied(placement)
             self.wake_locked()
-            return None if fill is None else (fill, self._sinks[fill.transfer])
+            if fill is None:
+                return None
+            sink = self._sinks[fill.transfer]
+            sink.prepare_locked()
+            return fill, sink
 
     # ---- lanes: joining and leaving -----------------------------------------------------------------
 
@@ -450,6 +461,8 @@ class SessionCore:
         """Turn the engine's events into state, and into work to be done without the lock."""
         work = _Work()
         while events := self.engine.events():
+            if self.error is not None:
+                continue  # the end of the session was the end of every transfer
             for event in events:
                 match event:
                     case TransferOffered(opened):

@@ -68,6 +68,9 @@ class FileContent(Source):
 class Sink(ABC):
     """Where an incoming transfer goes."""
 
+    def prepare_locked(self) -> None:
+        """A span is about to be placed (the session's lock held; quick)."""
+
     @abstractmethod
     def place(self, start: int, end: int) -> memoryview | None:
         """The memory for a span, None when it must be given to `store` once verified."""
@@ -90,24 +93,32 @@ class Sink(ABC):
 
 
 class MessageSink(Sink):
-    """A message in memory. ``deliver`` is called with it when it is whole."""
+    """A message in memory, taken when the first byte comes and not before: it is still warm then.
 
-    def __init__(self, memory: memoryview, deliver: Callable[[memoryview | None], None]) -> None:
-        self._memory: memoryview | None = memory
+    ``deliver`` is called under the session's lock with the whole message, or None when it failed; ``used`` says
+    that memory was taken, which counts until its last view is gone.
+    """
+
+    def __init__(self, lend: Callable[[], memoryview], deliver: Callable[..., None]) -> None:
+        self._lend = lend
         self._deliver = deliver
+        self._memory: memoryview | None = None
+
+    def prepare_locked(self) -> None:
+        if self._memory is None:
+            self._memory = self._lend()
 
     def place(self, start: int, end: int) -> memoryview:
-        assert self._memory is not None, "a span was placed after the end"
+        assert self._memory is not None, "a span was placed before memory was taken, or after the end"
         return self._memory[start:end]
 
     def finish(self, total: int) -> None:
         memory, self._memory = self._memory, None
-        self._deliver(memory)
+        self._deliver(memory if memory is not None else memoryview(b""), used=memory is not None)
 
     def abort(self, reason: AmstError) -> None:
-        if self._memory is not None:
-            self._memory = None
-            self._deliver(None)
+        used, self._memory = self._memory is not None, None
+        self._deliver(None, used=used)
 
 
 class TreeEntrySink(Sink):

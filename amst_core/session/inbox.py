@@ -6,6 +6,7 @@ import mmap
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..buffers import MessageMemory
@@ -24,73 +25,78 @@ class _Slot:
 
 
 @dataclass(slots=True)
-class _Waiting:
-    """A message whose memory is not granted yet: only the credit of its OPEN may arrive."""
+class _Charge:
+    """What one message counts against the budget; 0 while it waits for its grant."""
 
     transfer: int
-    size: int
-    key: int
     channel: str
+    size: int
+    granted: int = 0
 
 
 class Inbox:
     """The messages of one session. Methods ``..._locked`` expect the session's lock to be held.
 
-    A channel takes at most half of the memory, so that one that nobody reads does not stop the others.
+    A message is granted whole, or waits with the credit of its OPEN only. A channel takes at most half of the
+    ``budget`` (bytes), so that one that nobody reads does not stop the others; one message always may.
     """
 
-    def __init__(self, lock: threading.Lock, engine: Engine, memory: MessageMemory, *, max_message: int) -> None:
+    def __init__(
+        self,
+        lock: threading.Lock,
+        engine: Engine,
+        *,
+        budget: int,
+        on_return: Callable[[mmap.mmap], None],
+        max_message: int,
+    ) -> None:
         self._lock = lock
         self._engine = engine
-        self._memory = memory
+        self._memory = MessageMemory(on_return)
+        self._budget = budget
         self._max_message = max_message
         self._channels: dict[str, deque[_Slot]] = {}
         self._arrived = threading.Condition(lock)
-        self._waiting: deque[_Waiting] = deque()
-        self._granted: dict[int, tuple[str, int]] = {}  # block key → channel and bytes it was granted
+        self._waiting: deque[_Charge] = deque()
+        self._charged: dict[str, int] = {}  # bytes granted, per channel
+        self._lent: dict[int, _Charge] = {}  # by id of the block
         self._error: AmstError | None = None
-        self.delivered = 0
 
     def owns(self, sink: Sink) -> bool:
         return isinstance(sink, MessageSink)
 
     def accept(self, opened: Open) -> MessageSink:
-        """Take a message the peer opens (lock held): memory for all of it now, or credit later."""
+        """Take a message the peer opens (lock held): credit for all of it now, or later."""
         size = opened.size
         if size == SIZE_UNKNOWN or size > self._max_message:
             raise RefusedError(f"a message may have {self._max_message} bytes here (limits.max_message)")
-        fits = not size or self._fits(opened.channel, size)
-        view, key = self._memory.lend(size, charge=size if fits else 0)
+        charge = _Charge(opened.transfer, opened.channel, size)
         slot = _Slot()
         self._channels.setdefault(opened.channel, deque()).append(slot)
-        if fits:
-            if size:
-                self._granted[key] = (opened.channel, size)
+        if self._grant(charge):
             self._engine.accept(opened.transfer, window=size)
         else:
             self._engine.accept(opened.transfer, window=None)
-            self._waiting.append(_Waiting(opened.transfer, size, key, opened.channel))
+            self._waiting.append(charge)
 
-        def deliver(data: memoryview | None) -> None:
+        def lend() -> memoryview:
+            view, block = self._memory.lend(size)
+            self._lent[block] = charge
+            return view
+
+        def deliver(data: memoryview | None, *, used: bool) -> None:
             slot.ready, slot.data = True, data
-            if data is None:
-                self._forget_waiting(opened.transfer)
+            if not used:
+                self._release(charge)  # otherwise when its block comes back
             self._arrived.notify_all()
 
-        return MessageSink(view, deliver)
+        return MessageSink(lend, deliver)
 
     def take_back_locked(self, block: mmap.mmap) -> None:
         """A message's memory was released by the application."""
-        self._granted.pop(id(block), None)
-        self._memory.take_back(block)
-        for _ in range(len(self._waiting)):
-            waiting = self._waiting.popleft()
-            if self._fits(waiting.channel, waiting.size):
-                self._memory.recharge(waiting.key, waiting.size)
-                self._granted[waiting.key] = (waiting.channel, waiting.size)
-                self._engine.grant(waiting.transfer, waiting.size)
-            else:
-                self._waiting.append(waiting)
+        charge = self._lent.pop(id(block))
+        self._release(charge)
+        self._memory.take_back(block, room=self._budget - sum(self._charged.values()))
 
     def receive(self, channel: str, timeout: float | None) -> memoryview:
         """The next message of ``channel``, waiting for it.
@@ -106,7 +112,6 @@ class Inbox:
                 while slots and slots[0].ready:
                     slot = slots.popleft()
                     if slot.data is not None:
-                        self.delivered += 1
                         return slot.data
                 if self._error is not None:
                     raise self._error
@@ -121,11 +126,31 @@ class Inbox:
         self._waiting.clear()
         self._arrived.notify_all()
 
-    def _fits(self, channel: str, size: int) -> bool:
-        if not self._memory.fits(size):
+    def _grant(self, charge: _Charge) -> bool:
+        """Count a message in full, if the budget has room for it."""
+        total, own = sum(self._charged.values()), self._charged.get(charge.channel, 0)
+        if total and total + charge.size > self._budget:
             return False
-        held = sum(granted for name, granted in self._granted.values() if name == channel)
-        return held == 0 or held + size <= self._memory.budget // 2
+        if own and own + charge.size > self._budget // 2:
+            return False
+        charge.granted = charge.size
+        if charge.size:
+            self._charged[charge.channel] = own + charge.size
+        self._memory.shed(self._budget - total - charge.size)
+        return True
 
-    def _forget_waiting(self, transfer: int) -> None:
-        self._waiting = deque(w for w in self._waiting if w.transfer != transfer)
+    def _release(self, charge: _Charge) -> None:
+        """A message does not count any more: others may."""
+        if charge.granted:
+            self._charged[charge.channel] -= charge.granted
+            if not self._charged[charge.channel]:
+                del self._charged[charge.channel]
+            charge.granted = 0
+        elif charge in self._waiting:
+            self._waiting.remove(charge)
+        for _ in range(len(self._waiting)):
+            waiting = self._waiting.popleft()
+            if self._grant(waiting):
+                self._engine.grant(waiting.transfer, waiting.size)
+            else:
+                self._waiting.append(waiting)

@@ -167,7 +167,6 @@ Prose = Annotated[str, _PROSE]
 Attributes = Annotated[Mapping[str, AttributeValue], Codec(_encode_attributes, _decode_attributes)]
 Span: TypeAlias = tuple[int, int]
 """``(start, end)``, end exclusive."""
-Spans = Annotated[tuple[Span, ...], _many(_record(_U64, _U64), 16)]
 U16s = Annotated[tuple[int, ...], _many(_U16, 2)]
 Credits = Annotated[tuple[tuple[int, int], ...], _many(_record(_U64, _U64), 16)]
 Addresses = Annotated[tuple[tuple[str, int, str], ...], _many(_record(_SHORT_TEXT, _U16, _SHORT_TEXT), 6)]
