@@ -19,6 +19,9 @@ from ..wire.messages import MAX_RECORD, Message, RecordReader, encode
 _READ_SIZE: Final = 16 << 10
 """About one TLS record; a larger buffer would be mapped, touched and unmapped again at every call."""
 
+_MAX_UNSENT: Final = 8 << 20
+"""Bytes that may wait for the peer to read them."""
+
 _GOODBYE_S: Final = 1.0
 """How long `ControlChannel.close` waits for the peer to hang up too."""
 
@@ -40,8 +43,11 @@ class ControlChannel:
 
     @property
     def remote_address(self) -> tuple[str, int]:
-        """Host and port that the connection reached or came from."""
-        host, port = self._sock.getpeername()[:2]
+        """Host and port that the connection reached or came from; BrokenError when it is gone."""
+        try:
+            host, port = self._sock.getpeername()[:2]
+        except OSError as err:
+            raise BrokenError(f"control connection to {self.peer} failed: {err}", peer=self.peer) from err
         return str(host), int(port)
 
     @property
@@ -70,6 +76,8 @@ class ControlChannel:
             BrokenError: the connection is gone.
         """
         self._unsent += self._tls.outgoing()
+        if len(self._unsent) > _MAX_UNSENT:
+            raise BrokenError(f"{self.peer} does not read its control connection", peer=self.peer)
         while self._unsent:
             try:
                 done = self._sock.send(self._unsent)
@@ -105,7 +113,7 @@ class ControlChannel:
             self._drain(deadline)
             self._sock.shutdown(socket.SHUT_WR)
             # Closing with unread bytes would send a reset, which may overtake what was just written.
-            while not self._read():
+            while self._recv() != b"":
                 self._wait(select.POLLIN, deadline)
         except (AmstError, OSError):
             pass  # the peer is gone or says nothing; either way there is nobody to wait for
@@ -147,20 +155,27 @@ class ControlChannel:
     # ---- inside ------------------------------------------------------------------------------
 
     def _read(self) -> bool:
-        """Feed what the socket has; true at the end of the stream."""
-        while True:
-            try:
-                data = self._sock.recv(_READ_SIZE)
-            except BlockingIOError:
-                return False
-            except OSError as err:
-                raise BrokenError(f"control connection to {self.peer} failed: {err}", peer=self.peer) from err
-            if not data:
-                self._tls.feed_eof()
-                return True
+        """Feed one piece of what the socket has; true at the end of the stream.
+
+        One piece only: what a stranger sends is decrypted or refused before more of it is taken in.
+        """
+        data = self._recv()
+        if data is None:
+            return False
+        if data:
             self._tls.feed(data)
-            if len(data) < _READ_SIZE:
-                return False
+        else:
+            self._tls.feed_eof()
+        return not data
+
+    def _recv(self) -> bytes | None:
+        """What the socket has, b"" at its end, None when it has nothing now."""
+        try:
+            return self._sock.recv(_READ_SIZE)
+        except BlockingIOError:
+            return None
+        except OSError as err:
+            raise BrokenError(f"control connection to {self.peer} failed: {err}", peer=self.peer) from err
 
     def _drain(self, deadline: float) -> None:
         self.flush()

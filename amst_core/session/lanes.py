@@ -21,6 +21,7 @@ from .endpoints import Sink, Source
 
 _log = logging.getLogger("amst.session")
 _NOTHING = memoryview(b"")
+_MAX_OWN_FRAMES = 1024
 
 
 class LaneWorker:
@@ -50,7 +51,7 @@ class LaneWorker:
         self.bytes_sent = 0
         self.bytes_received = 0
         self.last_active = time.monotonic()
-        self.pongs: dict[int, float] = {}  # token → when its answer came
+        self.pings: dict[int, float | None] = {}  # token asked → when its answer came
         self._core = core
         self._sealer = sealer
         self._opener = opener
@@ -233,11 +234,14 @@ class LaneWorker:
         match header.kind:
             case FrameKind.PING:
                 with self._core.lock:
+                    if len(self.frames) >= _MAX_OWN_FRAMES:
+                        raise ProtocolError(f"more than {_MAX_OWN_FRAMES} pings without taking the answers")
                     self.send_frame_locked(FrameHeader(FrameKind.PONG, offset=header.offset))
             case FrameKind.PONG:
                 with self._core.lock:
-                    self.pongs[header.offset] = time.monotonic()
-                    self._core.ponged.notify_all()
+                    if header.offset in self.pings:
+                        self.pings[header.offset] = time.monotonic()
+                        self._core.ponged.notify_all()
             case FrameKind.FIN:
                 self._fin_received = True
                 with self._core.lock:
