@@ -13,7 +13,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeAlias
 
 from .errors import ClosedError
 
@@ -102,6 +102,9 @@ class BufferPool:
                 self._total -= size
 
 
+Block: TypeAlias = mmap.mmap | bytearray
+
+
 class MessageMemory:
     """Blocks for incoming messages, kept for the next message of about the same size.
 
@@ -110,20 +113,23 @@ class MessageMemory:
     have `take_back` called later.
     """
 
-    def __init__(self, on_return: Callable[[mmap.mmap], None]) -> None:
+    def __init__(self, on_return: Callable[[Block], None]) -> None:
         self._kept: list[mmap.mmap] = []
         self._kept_bytes = 0
         self._on_return = on_return
 
     def lend(self, size: int) -> tuple[memoryview, int]:
         """A block of ``size`` bytes (at least one), and the ``id`` of the block that will be returned."""
-        block = self._take(_rounded(size))
+        # small ones from the heap: the kernel limits how many mappings a process may have
+        block = bytearray(size) if size < _GRAIN else self._take(_rounded(size))
         holder = (ctypes.c_char * size).from_buffer(block)
         weakref.finalize(holder, self._on_return, block).atexit = False
         return memoryview(holder).cast("B"), id(block)
 
-    def take_back(self, block: mmap.mmap, *, room: int) -> None:
+    def take_back(self, block: Block, *, room: int) -> None:
         """Keep a block that ``on_return`` was given, if all kept ones then fit into ``room`` bytes."""
+        if isinstance(block, bytearray):
+            return
         self._kept.append(block)
         self._kept_bytes += len(block)
         self.shed(room)

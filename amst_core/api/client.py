@@ -15,7 +15,6 @@ from ..interfaces import Endpoint, Mode
 from ..plugins import Plugins
 from ..security.identity import find_token
 from ..security.tls import TlsStream, client_context
-from ..session.core import SessionCore
 from ..session.lane_opener import LaneOpener, Route
 from ..session.session import Session
 from ..settings.load import load_settings
@@ -91,6 +90,7 @@ def connect(
         wish = handshake.Wish(wants_plaintext, count, tuple(choice.order))
         agreement = handshake.connect(channel, token=token, wish=wish, terms=own_terms(settings), deadline=deadline)
         name = choice.settle([offer.transport for offer in agreement.peer.transports])
+        host, port = channel.remote_address
         core = make_core(settings, agreement.peer, peer=str(endpoint), is_opener=True)
     except BaseException:
         channel.close()
@@ -105,10 +105,9 @@ def connect(
         max_message=settings.limits.max_message,
         max_streams=amst.max_streams,
         mode=Mode.DATACENTER.value,
-        on_lane_request=lambda session, request: core.tell(LaneRequest(_missing(core, request), name)),
+        on_lane_request=_lanes_wished,
         on_end=lambda _: release(),
     )
-    host, port = channel.remote_address
     session.opener = LaneOpener(
         core,
         secret=agreement.secret,
@@ -121,15 +120,16 @@ def connect(
             lane_timeouts(settings),
         ),
         transports=choice.transports,
+        asked=count,
     )
     session.wanted_transport = name
     session.transport_reason = choice.reason
     session.start()
     try:
         session.opener.wait_first(max(0.1, deadline - time.monotonic()))
-    except AmstError as err:
+    except BaseException as err:
         session.abort()
-        if core.error is not err and not isinstance(err, ConnectError | DeadlineError):
+        if isinstance(err, AmstError) and core.error is not err and not isinstance(err, ConnectError | DeadlineError):
             raise ConnectError(f"cannot open a stream to {endpoint}: {err}", peer=str(endpoint)) from err
         raise
     session.setup_seconds = time.monotonic() - started
@@ -150,6 +150,12 @@ def _dial(endpoint: Endpoint, timeout_s: float) -> socket.socket:
         raise ConnectError(f"cannot connect to {endpoint}: {err}", peer=str(endpoint)) from err
 
 
-def _missing(core: SessionCore, request: LaneRequest) -> int:
-    """The acceptor wishes for so many lanes in all: how many to ask it for."""
-    return max(0, request.count - len(core.lanes))
+def _lanes_wished(session: Session, request: LaneRequest) -> None:
+    """The acceptor wishes for so many lanes in all: ask it for those that are missing."""
+    opener, core = session.opener, session.core
+    assert opener is not None, "the client opens the lanes"
+    coming = opener.coming
+    with core.lock:
+        missing = min(request.count, session.max_streams) - len(core.live_lanes_locked()) - coming
+    if missing > 0:
+        opener.ask(missing, session.wanted_transport)

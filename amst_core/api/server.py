@@ -166,6 +166,8 @@ class Server:
         late: list[str] = []
         sessions = self.sessions
         for session in sessions:
+            session.core.draining = True  # all of them before the first is waited for
+        for session in sessions:
             try:
                 session.drain(max(0.0, deadline - time.monotonic()))
                 session.close(max(0.0, deadline - time.monotonic()))
@@ -236,9 +238,22 @@ class Server:
         )
         _log.info("session %s opened by %s", session.id[:8], peer)
         if self._on_session is not None:
-            self._on_session(session)
+            # not on this thread: its connection counts as one in its handshake, which `close` cuts
+            threading.Thread(
+                target=self._serve, args=(session, self._on_session), name=f"amst-session-{peer}", daemon=True
+            ).start()
         else:
             self._accepted.put(session)
+
+    def _serve(self, session: Session, on_session: Callable[[Session], None]) -> None:
+        try:
+            on_session(session)
+        except Exception:
+            if session.error is None:
+                _log.exception("session %s: on_session raised; the session is ended", session.id[:8])
+                session.abort()
+            else:
+                _log.info("session %s: on_session ended with the session: %s", session.id[:8], session.error)
 
     def _begin(self, channel: ControlChannel, agreement: handshake.Agreement, peer: str) -> Session:
         wish = agreement.wish
@@ -258,6 +273,7 @@ class Server:
         session.wanted_transport = next((name for name in wish.transports if name in self._transports), "")
         with self._lock:
             if self._closed:
+                core.wakeup.close()
                 raise BusyError("the server is stopping")
             self._sessions[session.id] = session
         if session.wanted_transport:
@@ -285,6 +301,7 @@ class Server:
             _log.warning(
                 "%s asked for %d streams and gets %d (limits.lanes, max_streams)", session.peer, count, granted
             )
+            session.core.lanes_refused(count - granted)
         session.core.tell(LaneGrant(first, granted, transport))
 
     def _on_lane(self, sock: socket.socket, tag: int, peer: str) -> None:

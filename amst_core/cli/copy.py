@@ -62,7 +62,7 @@ def _upload(sources: _Sources, target: Remote, options: argparse.Namespace, sett
         # All of the sources count, so that the names do not depend on what happens to be missing.
         named = final_names(sources, target, exists=is_dir or entry is not None, is_dir=is_dir)
         names = dict(zip(sources, named, strict=True))
-        items = [(source.path, names[source]) for source in present]
+        items = [item for source in present for item in _below_root(source.path, names[source])]
         with shown(session, quiet=options.quiet or options.json) as display:
             try:
                 result = upload(session, items, progress=display.update if display else None)
@@ -70,6 +70,16 @@ def _upload(sources: _Sources, target: Remote, options: argparse.Namespace, sett
                 _take_partial(err, report)
                 raise
         _take(result, report)
+
+
+def _below_root(source: bytes, name: bytes) -> list[tuple[bytes, bytes]]:
+    """One copy as it is, unless to the server's root itself, which only its operator makes: all that it is to hold."""
+    if name:
+        return [(source, name)]
+    try:
+        return [(os.path.join(source, inner), inner) for inner in sorted(os.listdir(source))]
+    except OSError as err:
+        raise error_from_os(err, "cannot list", path=display_path(source)) from err
 
 
 def _download(

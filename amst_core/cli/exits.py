@@ -36,18 +36,9 @@ _SESSION_LOST: Final = frozenset({"broken", "timeout", "protocol", "closed"})
 _WORST_FIRST: Final = (INTEGRITY, REFUSED, INTERRUPTED, NOT_FOUND)
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; raised in the main thread, like KeyboardInterrupt for SIGINT."""
-
-
-def lost_session(error: AmstError) -> bool:
-    """Whether ``error`` means that a session ended under the command."""
-    return error.kind in _SESSION_LOST
-
-
 def for_error(error: AmstError, *, acknowledged: bool) -> int:
     """The exit code of a command that ``error`` ended; ``acknowledged``: a byte had arrived before."""
-    if lost_session(error):
+    if error.kind in _SESSION_LOST:
         return INTERRUPTED if acknowledged else CONNECT
     return _BY_KIND.get(error.kind, OTHER)
 

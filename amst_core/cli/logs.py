@@ -23,10 +23,14 @@ class _Lines(logging.Formatter):
         return self._inner.format(record)
 
 
-def configure(verbose: int) -> None:
-    """Show warnings and worse on standard error; with ``verbose`` 1 also information, from 2 on everything."""
+def configure(verbose: int, *, lasting: bool = False) -> None:
+    """Show warnings and worse on standard error; with ``verbose`` 1 also information, from 2 on everything.
+
+    ``lasting``: the process will surely log, so what that needs is imported now and not in some busy thread.
+    """
+    colors = sys.stderr.isatty()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines(colors=sys.stderr.isatty()))
+    handler.setFormatter(_console(colors=colors) if lasting else _Lines(colors=colors))
     logger = logging.getLogger("amst")
     logger.handlers[:] = [handler]
     logger.propagate = False

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import Final
 
 from ..errors import AmstError, CancelledError
-from . import exits, options, output
+from . import exits, options, output, signals
 
 _MODULES: Final = {"serve": "serve", "cp": "copy", "bench": "bench", "plugins": "plugins", "config": "config"}
 
@@ -35,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     report = output.Report()
     parsed = None
-    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         parsed = options.parse(argv)
-        code: int = importlib.import_module(f".{_MODULES[parsed.command]}", __package__).run(parsed, report)
+        command = importlib.import_module(f".{_MODULES[parsed.command]}", __package__)
+        # serve waits for signals in a way of its own.
+        with contextlib.nullcontext() if parsed.command == "serve" else signals.raising():
+            code: int = command.run(parsed, report)
     except SystemExit:  # help or the version
         return exits.OK
     except BrokenPipeError:
@@ -47,19 +48,13 @@ def _main(argv: list[str]) -> int:
         code = _failed(err, report)
     except KeyboardInterrupt:
         code = _stopped("SIGINT", report, exits.SIGINT)
-    except exits.Terminated:
+    except signals.Terminated:
         code = _stopped("SIGTERM", report, exits.SIGTERM)
     except Exception as err:
         code = _unexpected(err, report, verbose=parsed is not None and parsed.verbose > 0)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if options.wants_json(argv) and (report.error is not None or (parsed and parsed.command in _REPORTING)):
         output.print_json(report.as_dict())
     return code
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise exits.Terminated
 
 
 def _failed(err: AmstError, report: output.Report) -> int:

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace, report: Report) -> int:
     if not os.path.isdir(options.root):
         raise UsageError(f"--root {options.root} is not a directory")
     settings = load_settings(options)
-    logs.configure(options.verbose)
+    logs.configure(options.verbose, lasting=True)
     import amst_core
 
     from ..security.identity import state_dir

@@ -108,6 +108,9 @@ class ControlLoop:
                     self._handle(message)
 
     def _watch(self, now: float) -> None:
+        doom = self._core.doom
+        if doom is not None and now >= doom[0]:
+            raise doom[1]
         silence = now - self._heard_at
         if silence >= LOST_AFTER_S and self._pinged:
             raise DeadlineError(f"{self._core.peer} has not answered for {silence:.0f} s", peer=self._core.peer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .session import Session
 
 LocalPath: TypeAlias = str | bytes | os.PathLike[str]
+
+_log = logging.getLogger("amst.session")
 
 _REPORT_EVERY_S: Final = 0.1
 
@@ -125,7 +128,10 @@ class _Account:
             # a retransmitted or failed file may have been counted in part
             done = min(self._bytes, size) if size is not None else self._bytes
             state = CopyProgress(done, size, self._files, files)
-        self._progress(state)
+        try:
+            self._progress(state)
+        except Exception:
+            _log.exception("a progress callback of the application raised")
 
 
 def upload(
@@ -212,8 +218,12 @@ def _download_one(session: Session, remote: bytes, local: LocalPath, account: _A
         raise RefusedError(f"the target directory {display_path(directory)} does not exist; make it first") from err
     with root:
         receiver = _Receiver(root, name, remote, account)
-        pending = session.requests.ask(ops.FETCH, {ops.PATH: remote}, acceptor=receiver.accept)
-        pending.wait()
+        try:
+            session.requests.ask(ops.FETCH, {ops.PATH: remote}, acceptor=receiver.accept).wait()
+        except AmstError:
+            receiver.wait()
+            raise
+        receiver.wait()
 
 
 class _Receiver:
@@ -224,36 +234,58 @@ class _Receiver:
         self._name = name
         self._remote = remote
         self._account = account
+        self._open = 0
+        self._changed = threading.Condition()
 
     def accept(self, opened: Open) -> Sink:
         entry = from_attributes(opened.attributes, size=opened.size)
         self._account.begin()
         try:
-            return _Counted(self._root, join_path(self._name, entry.path), entry, self._account, self._remote)
+            sink = _Counted(self._root, join_path(self._name, entry.path), entry, self._ended)
         except AmstError as err:
             self._account.failed(join_path(self._remote, entry.path), err)
             raise
+        with self._changed:
+            self._open += 1
+        sink.on_stored = self._account.moved
+        return sink
+
+    def wait(self) -> None:
+        """Until all that was accepted has ended: a peer's reply may overtake what became of a failed entry."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open)
+
+    def _ended(self, entry: Entry, error: AmstError | None) -> None:
+        if error is None:
+            self._account.done(entry)
+        else:
+            self._account.failed(join_path(self._remote, entry.path), error)
+        with self._changed:
+            self._open -= 1
+            self._changed.notify_all()
 
 
 class _Counted(TreeEntrySink):
-    """A received entry that tells the account how it fares."""
+    """A received entry that tells how it fares; ``on_end`` is called once."""
 
-    def __init__(self, root: Root, path: bytes, entry: Entry, account: _Account, remote: bytes) -> None:
+    def __init__(
+        self, root: Root, path: bytes, entry: Entry, on_end: Callable[[Entry, AmstError | None], None]
+    ) -> None:
         super().__init__(root, path, entry)
-        self._account = account
-        self._remote_path = join_path(remote, entry.path)
+        self._on_end = on_end
+        self.on_stored: Callable[[int], None] = lambda size: None
 
     def store(self, start: int, view: memoryview) -> None:
         super().store(start, view)
-        self._account.moved(view.nbytes)
+        self.on_stored(view.nbytes)
 
     def finish(self, total: int) -> None:
         super().finish(total)
-        self._account.done(self.entry)
+        self._on_end(self.entry, None)
 
     def abort(self, reason: AmstError) -> None:
         super().abort(reason)
-        self._account.failed(self._remote_path, reason)
+        self._on_end(self.entry, reason)
 
 
 def _open_local(local: LocalPath) -> tuple[Root, bytes]:

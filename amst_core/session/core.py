@@ -8,7 +8,6 @@ open transfers. Everything the engine says (`Event`) is turned into work here, o
 from __future__ import annotations
 
 import logging
-import mmap
 import queue
 import threading
 import time
@@ -18,7 +17,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ..buffers import BufferPool
+from ..buffers import Block, BufferPool
 from ..engine import Chunk, Engine, Limits, Placement, Verdict
 from ..engine.events import Progress, SourceDrained, TransferDone, TransferDropped, TransferOffered, TransferWhole
 from ..errors import (
@@ -45,6 +44,9 @@ _log = logging.getLogger("amst.session")
 
 FILE_WINDOW: Final = 256 << 20
 """How far a sender may run ahead of what is on disk; nothing is buffered, so it only bounds what is in flight."""
+
+LAST_WORD_S: Final = 1.0
+"""How long a session without a lane waits for the peer to say why."""
 
 MAX_DAMAGED_LANES: Final = 3
 """Lanes lost to damaged frames before the session ends: the path, not the lane, is bad."""
@@ -104,10 +106,12 @@ class SessionCore:
         self.lane_failures = 0
         self.damaged_lanes = 0
         self.failed_connections = 0
+        self.refused_lanes = 0  # asked for and not granted
         self.bytes_sent = 0  # by lanes that are gone
         self.bytes_received = 0
         self.error: AmstError | None = None
         self.closing: ClosedError | None = None  # this side said CLOSE: whatever ends the session now is this
+        self.doom: tuple[float, BrokenError] | None = None  # no lane is left: when the session ends, and with what
         self.last_error: AmstError | None = None
         self.first_offered_at: float | None = None
         self.last_done_at: float | None = None
@@ -124,15 +128,17 @@ class SessionCore:
             self.engine,
             budget=memory // 2 - local.max_open * local.initial_credit,
             on_return=self._block_returned,
+            on_change=self._inbox_changed_locked,
             max_message=max_message,
         )
-        self._returned: deque[mmap.mmap] = deque()
+        self._returned: deque[Block] = deque()
         self._park_timeout_s = park_timeout_s
         self._outgoing: dict[int, _Outgoing] = {}
         self._sinks: dict[int, Sink] = {}
         self._idle: list[LaneWorker] = []
         self._outbox: list[Message] = []
         self.draining = False  # what is open may end, nothing new is taken
+        self.serving = 0  # requests of the peer under way that take their time
         self._opened = threading.Condition(self.lock)  # an OPEN was accepted
         self.room = threading.Condition(self.lock)  # an outgoing transfer ended, or lanes came or went
         self.ponged = threading.Condition(self.lock)  # a lane's PONG came
@@ -142,6 +148,8 @@ class SessionCore:
         self._request_acceptors: dict[int, Acceptor] = {}
         self._worker: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker_thread: threading.Thread | None = None
+        self._worker_lock = threading.Lock()
+        self._worker_done = False
         self.wakeup = Wakeup()  # of the control loop
         self._sleeps_until: float | None = None  # the control loop's timeout; None: it is awake
         self._ended = threading.Event()
@@ -166,6 +174,8 @@ class SessionCore:
             if self._outbox or self.engine.has_messages or self._returned:
                 return None
             deadline = self.engine.deadline
+            if self.doom is not None:
+                until = min(until, self.doom[0])
             self._sleeps_until = until if deadline is None else min(until, deadline)
             return self._sleeps_until
 
@@ -218,7 +228,7 @@ class SessionCore:
         ticket.on_progress = on_progress
         try:
             with self.lock:
-                while self.error is None and not self.engine.can_open:
+                while self.error is None and not self.engine.has_turn(flow):
                     self.room.wait()
                 self.check_open_locked()
                 if self.first_offered_at is None and size:
@@ -396,6 +406,7 @@ class SessionCore:
             self.total_lanes += 1
             self.most_lanes = max(self.most_lanes, len(self.lanes))
             self.engine.lane_joined(worker.id)
+            self.doom = None
             self._fit_chunks_locked()
             self.room.notify_all()
 
@@ -427,23 +438,54 @@ class SessionCore:
             self.wake_locked()
             self.room.notify_all()
             self.ponged.notify_all()
-            none_left = not self.lanes
+            none_left = not self.live_lanes_locked()
             damaged = self.damaged_lanes >= MAX_DAMAGED_LANES
         worker.lane.close() if error is None else worker.lane.abort()
         work.run()
-        if error is None or self.error is not None:
+        if self.error is not None:
             return
-        if self.closing is None:
+        if error is not None and self.closing is None:
             _log.warning("stream %d (%s) to %s failed: %s", worker.id, worker.lane.description, self.peer, error)
         if damaged:
             self.fail(IntegrityError(f"{MAX_DAMAGED_LANES} streams carried damaged frames: {error}", peer=self.peer))
         elif none_left:
-            self.fail(BrokenError(f"every stream to {self.peer} is gone; the last one: {error}", peer=self.peer))
+            last = error or "the peer closed it"
+            self._doom(BrokenError(f"every stream to {self.peer} is gone; the last one: {last}", peer=self.peer))
+
+    def _doom(self, error: BrokenError) -> None:
+        """End the session with ``error``, unless a lane joins or the peer's own last word comes in a moment.
+
+        A peer that gives up aborts its lanes and says why on the control channel: either may be seen first.
+        """
+        with self.lock:
+            if self.doom is None and not self.live_lanes_locked():
+                self.doom = (time.monotonic() + LAST_WORD_S, error)
+                self.wakeup.set()
+
+    def lane_given_up(self, incarnation: int, error: AmstError) -> None:
+        """The peer says that it lost a lane."""
+        worker = self.lanes.get(incarnation)
+        if worker is not None:
+            self.lane_ended(worker, error, told=True)
+            return
+        with self.lock:  # here it had ended in an orderly way, but its last chunks did not get through
+            self.engine.lane_lost(incarnation)
+            self.kick_locked()
+
+    def live_lanes_locked(self) -> list[LaneWorker]:
+        """Lanes that take chunks, oldest first: both sides, asked to keep some, keep the same ones."""
+        return sorted((w for w in self.lanes.values() if not w.leaving), key=lambda w: w.id)
 
     def connection_failed(self) -> None:
         """A lane could not be opened."""
         with self.lock:
             self.failed_connections += 1
+            self.room.notify_all()
+
+    def lanes_refused(self, count: int) -> None:
+        """So many of the lanes asked for will not come."""
+        with self.lock:
+            self.refused_lanes += count
             self.room.notify_all()
 
     def _fit_chunks_locked(self) -> None:
@@ -470,8 +512,7 @@ class SessionCore:
                     case TransferWhole(transfer, total):
                         sink = self._sinks.pop(transfer)
                         if self.inbox.owns(sink):
-                            sink.finish(total)
-                            self.engine.finish(transfer)
+                            sink.finish(total)  # the inbox confirms it
                             self.room.notify_all()
                         else:
                             work.slow.append(lambda t=transfer, s=sink, n=total: self._finish(t, s, n))  # type: ignore[misc]
@@ -559,7 +600,11 @@ class SessionCore:
         out.source.close()
         out.ticket.complete(error_from_kind(kind, message, peer=self.peer) if kind else None)
 
-    def _block_returned(self, block: mmap.mmap) -> None:
+    def _inbox_changed_locked(self) -> None:
+        self.room.notify_all()
+        self.wake_locked()
+
+    def _block_returned(self, block: Block) -> None:
         # Called by whoever drops the last view, maybe inside the garbage collector with the lock held.
         self._returned.append(block)
         self.wakeup.set()
@@ -568,10 +613,14 @@ class SessionCore:
 
     def later(self, work: Callable[[], None]) -> None:
         """Run ``work`` on the session's worker thread, in order; for what the control loop must not wait for."""
-        if self._worker_thread is None:
-            self._worker_thread = threading.Thread(target=self._run_worker, name="amst-worker", daemon=True)
-            self._worker_thread.start()
-        self._worker.put(work)
+        with self._worker_lock:
+            if not self._worker_done:
+                if self._worker_thread is None:
+                    self._worker_thread = threading.Thread(target=self._run_worker, name="amst-worker", daemon=True)
+                    self._worker_thread.start()
+                self._worker.put(work)
+                return
+        work()
 
     def _run_worker(self) -> None:
         while (work := self._worker.get()) is not None:
@@ -619,7 +668,9 @@ class SessionCore:
         for out in outgoing:
             out.source.close()
             out.ticket.complete(error)
-        self._worker.put(None)
+        with self._worker_lock:
+            self._worker_done = True
+            self._worker.put(None)
         if self.on_released is not None:
             self.on_released()
         self._ended.set()

@@ -95,11 +95,10 @@ class Sink(ABC):
 class MessageSink(Sink):
     """A message in memory, taken when the first byte comes and not before: it is still warm then.
 
-    ``deliver`` is called under the session's lock with the whole message, or None when it failed; ``used`` says
-    that memory was taken, which counts until its last view is gone.
+    ``deliver`` is called under the session's lock with the whole message, or None when it failed.
     """
 
-    def __init__(self, lend: Callable[[], memoryview], deliver: Callable[..., None]) -> None:
+    def __init__(self, lend: Callable[[], memoryview], deliver: Callable[[memoryview | None], None]) -> None:
         self._lend = lend
         self._deliver = deliver
         self._memory: memoryview | None = None
@@ -114,11 +113,11 @@ class MessageSink(Sink):
 
     def finish(self, total: int) -> None:
         memory, self._memory = self._memory, None
-        self._deliver(memory if memory is not None else memoryview(b""), used=memory is not None)
+        self._deliver(memory if memory is not None else memoryview(b""))
 
     def abort(self, reason: AmstError) -> None:
-        used, self._memory = self._memory is not None, None
-        self._deliver(None, used=used)
+        self._memory = None
+        self._deliver(None)
 
 
 class TreeEntrySink(Sink):

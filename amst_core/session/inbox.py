@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
+from typing import Final
 
-from ..buffers import MessageMemory
+from ..buffers import Block, MessageMemory
 from ..engine import Engine
 from ..errors import AmstError, DeadlineError, RefusedError
 from ..wire.messages import SIZE_UNKNOWN, Open
 from .endpoints import MessageSink, Sink
 
-
-@dataclass(slots=True)
-class _Slot:
-    """One message's turn in its channel: whole, lost, or still coming."""
-
-    ready: bool = False
-    data: memoryview | None = None
+OVERHEAD: Final = 4096
+"""What a message costs beside its bytes, an empty one too: a page, and the objects that describe it."""
 
 
-@dataclass(slots=True)
-class _Charge:
-    """What one message counts against the budget; 0 while it waits for its grant."""
+@dataclass(slots=True, eq=False)
+class _Message:
+    """One message from its OPEN until the application has dropped it."""
 
     transfer: int
     channel: str
     size: int
-    granted: int = 0
+    granted: bool = False  # counts against the budget
+    lent: bool = False  # has a block of memory, which will be returned
+    data: memoryview | None = None  # whole, and not received yet
+    unconfirmed: bool = False  # whole, but the peer has not been told
+
+    @property
+    def cost(self) -> int:
+        return self.size + OVERHEAD
 
 
 class Inbox:
     """The messages of one session. Methods ``..._locked`` expect the session's lock to be held.
 
     A message is granted whole, or waits with the credit of its OPEN only. A channel takes at most half of the
-    ``budget`` (bytes), so that one that nobody reads does not stop the others; one message always may.
+    ``budget`` (bytes), so that one that nobody reads does not stop the others; one message always may. In a
+    channel they are granted in order, for one behind must not hold what the first one waits for.
+
+    A message so small that it came whole without a grant is confirmed to the peer when it is granted or
+    received: until then it is one of the transfers that the peer may have open, so that their number is
+    bounded too. ``on_change`` is called (lock held) when there may be something to tell the peer.
     """
 
     def __init__(
@@ -47,20 +55,28 @@ class Inbox:
         engine: Engine,
         *,
         budget: int,
-        on_return: Callable[[mmap.mmap], None],
+        on_return: Callable[[Block], None],
+        on_change: Callable[[], None],
         max_message: int,
     ) -> None:
         self._lock = lock
         self._engine = engine
         self._memory = MessageMemory(on_return)
         self._budget = budget
+        self._on_change = on_change
         self._max_message = max_message
-        self._channels: dict[str, deque[_Slot]] = {}
+        self._channels: dict[str, deque[_Message]] = {}
         self._arrived = threading.Condition(lock)
-        self._waiting: deque[_Charge] = deque()
+        self._waiting: deque[_Message] = deque()
         self._charged: dict[str, int] = {}  # bytes granted, per channel
-        self._lent: dict[int, _Charge] = {}  # by id of the block
+        self._total = 0  # of them all
+        self._lent: dict[int, _Message] = {}  # by id of the block
         self._error: AmstError | None = None
+
+    @property
+    def charged(self) -> int:
+        """Bytes that count against the budget now."""
+        return self._total
 
     def owns(self, sink: Sink) -> bool:
         return isinstance(sink, MessageSink)
@@ -70,33 +86,36 @@ class Inbox:
         size = opened.size
         if size == SIZE_UNKNOWN or size > self._max_message:
             raise RefusedError(f"a message may have {self._max_message} bytes here (limits.max_message)")
-        charge = _Charge(opened.transfer, opened.channel, size)
-        slot = _Slot()
-        self._channels.setdefault(opened.channel, deque()).append(slot)
-        if self._grant(charge):
-            self._engine.accept(opened.transfer, window=size)
+        message = _Message(opened.transfer, opened.channel, size)
+        self._channels.setdefault(message.channel, deque()).append(message)
+        if not any(w.channel == message.channel for w in self._waiting) and self._grant(message):
+            self._engine.accept(message.transfer, window=size)
         else:
-            self._engine.accept(opened.transfer, window=None)
-            self._waiting.append(charge)
+            self._engine.accept(message.transfer, window=None)
+            self._waiting.append(message)
 
         def lend() -> memoryview:
             view, block = self._memory.lend(size)
-            self._lent[block] = charge
+            message.lent = True
+            self._lent[block] = message
             return view
 
-        def deliver(data: memoryview | None, *, used: bool) -> None:
-            slot.ready, slot.data = True, data
-            if not used:
-                self._release(charge)  # otherwise when its block comes back
+        def deliver(data: memoryview | None) -> None:
+            message.data = data
+            if data is None:
+                self._forget(message)
+            elif message.granted:
+                self._engine.finish(message.transfer)
+            else:
+                message.unconfirmed = True
             self._arrived.notify_all()
 
         return MessageSink(lend, deliver)
 
-    def take_back_locked(self, block: mmap.mmap) -> None:
+    def take_back_locked(self, block: Block) -> None:
         """A message's memory was released by the application."""
-        charge = self._lent.pop(id(block))
-        self._release(charge)
-        self._memory.take_back(block, room=self._budget - sum(self._charged.values()))
+        self._release(self._lent.pop(id(block)))
+        self._memory.take_back(block, room=self._budget - self._total)
 
     def receive(self, channel: str, timeout: float | None) -> memoryview:
         """The next message of ``channel``, waiting for it.
@@ -108,13 +127,11 @@ class Inbox:
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             while True:
-                slots = self._channels.get(channel)
-                while slots and slots[0].ready:
-                    slot = slots.popleft()
-                    if slot.data is not None:
-                        return slot.data
+                messages = self._channels.get(channel)
+                if messages and messages[0].data is not None:
+                    return self._receive(messages[0])
                 if self._error is not None:
-                    raise self._error
+                    raise copy(self._error)
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise DeadlineError(f"no message on channel {channel!r} within {timeout} s")
@@ -126,31 +143,62 @@ class Inbox:
         self._waiting.clear()
         self._arrived.notify_all()
 
-    def _grant(self, charge: _Charge) -> bool:
+    def _receive(self, message: _Message) -> memoryview:
+        data, message.data = message.data, None
+        assert data is not None, "only what is whole is received"
+        self._dequeue(message)
+        self._confirm(message)
+        if not message.lent:
+            self._release(message)  # otherwise when its block comes back
+        self._on_change()
+        return data
+
+    def _forget(self, message: _Message) -> None:
+        """It failed, and will not be received."""
+        self._dequeue(message)
+        if not message.lent:
+            self._release(message)
+
+    def _dequeue(self, message: _Message) -> None:
+        messages = self._channels[message.channel]
+        messages.remove(message)
+        if not messages:
+            del self._channels[message.channel]
+
+    def _confirm(self, message: _Message) -> None:
+        if message.unconfirmed:
+            message.unconfirmed = False
+            self._engine.finish(message.transfer)
+
+    def _grant(self, message: _Message) -> bool:
         """Count a message in full, if the budget has room for it."""
-        total, own = sum(self._charged.values()), self._charged.get(charge.channel, 0)
-        if total and total + charge.size > self._budget:
+        own, cost = self._charged.get(message.channel, 0), message.cost
+        if self._total and self._total + cost > self._budget:
             return False
-        if own and own + charge.size > self._budget // 2:
+        if own and own + cost > self._budget // 2:
             return False
-        charge.granted = charge.size
-        if charge.size:
-            self._charged[charge.channel] = own + charge.size
-        self._memory.shed(self._budget - total - charge.size)
+        message.granted = True
+        self._charged[message.channel] = own + cost
+        self._total += cost
+        self._memory.shed(self._budget - self._total)
         return True
 
-    def _release(self, charge: _Charge) -> None:
+    def _release(self, message: _Message) -> None:
         """A message does not count any more: others may."""
-        if charge.granted:
-            self._charged[charge.channel] -= charge.granted
-            if not self._charged[charge.channel]:
-                del self._charged[charge.channel]
-            charge.granted = 0
-        elif charge in self._waiting:
-            self._waiting.remove(charge)
+        if message.granted:
+            message.granted = False
+            self._total -= message.cost
+            self._charged[message.channel] -= message.cost
+            if not self._charged[message.channel]:
+                del self._charged[message.channel]
+        elif message in self._waiting:
+            self._waiting.remove(message)
+        behind: set[str] = set()
         for _ in range(len(self._waiting)):
             waiting = self._waiting.popleft()
-            if self._grant(waiting):
+            if waiting.channel not in behind and self._grant(waiting):
                 self._engine.grant(waiting.transfer, waiting.size)
+                self._confirm(waiting)
             else:
+                behind.add(waiting.channel)
                 self._waiting.append(waiting)

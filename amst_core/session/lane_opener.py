@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import AmstError, ConnectError, DeadlineError
-from ..interfaces import PREAMBLE, PREAMBLE_MAGIC, Advertisement, LaneRequest, LaneTimeouts, Transport
-from ..wire.messages import LaneGrant
+from .. import interfaces
+from ..errors import AmstError, ConnectError, DeadlineError, ProtocolError
+from ..interfaces import PREAMBLE, PREAMBLE_MAGIC, Advertisement, LaneTimeouts, Transport
+from ..wire.messages import LaneGrant, LaneRequest
 from .admission import LaneIdentity, answer_challenge, protection_for
 from .core import SessionCore
 
@@ -28,7 +30,7 @@ class Route:
 
 
 class LaneOpener:
-    """Turns grants into lanes, each on a short-lived thread of its own."""
+    """Turns grants into lanes, each on a short-lived thread of its own. ``asked`` is what HELLO wished for."""
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class LaneOpener:
         plaintext: bool,
         route: Route,
         transports: Mapping[str, Transport],
+        asked: int,
     ) -> None:
         self._core = core
         self._secret = secret
@@ -46,15 +49,36 @@ class LaneOpener:
         self._transports = transports
         self._changed = threading.Condition()
         self._opening = 0
-        self._granted = 0
+        self._asked = deque([asked])  # what each grant that is due may have
+        self._answered = False
         self._first_failure: AmstError | None = None
 
-    def granted(self, grant: LaneGrant) -> None:
-        """The peer lets this side open lanes."""
+    def ask(self, count: int, transport: str) -> None:
+        """Ask the peer for ``count`` more lanes."""
         with self._changed:
-            self._granted += grant.count
+            self._asked.append(count)
+            self._core.tell(LaneRequest(count, transport))
+
+    @property
+    def coming(self) -> int:
+        """Lanes asked for and not settled yet."""
+        with self._changed:
+            return sum(self._asked) + self._opening
+
+    def granted(self, grant: LaneGrant) -> None:
+        """The peer lets this side open lanes.
+
+        Raises:
+            ProtocolError: more than this side asked for.
+        """
+        with self._changed:
+            asked = self._asked.popleft() if self._asked else 0
+            if grant.count > asked:
+                raise ProtocolError(f"{self._core.peer} granted {grant.count} streams where {asked} were asked for")
+            self._answered = True
             self._opening += grant.count
             self._changed.notify_all()
+        self._core.lanes_refused(asked - grant.count)
         for incarnation in range(grant.first, grant.first + grant.count):
             threading.Thread(
                 target=self._open, args=(grant.transport, incarnation), name=f"amst-open-{incarnation}", daemon=True
@@ -70,7 +94,7 @@ class LaneOpener:
 
         def settled() -> bool:
             core = self._core
-            return bool(core.total_lanes or core.error or (self._granted and not self._opening))
+            return bool(core.total_lanes or core.error or (self._answered and not self._opening))
 
         with self._changed:
             in_time = self._changed.wait_for(settled, timeout_s)
@@ -112,7 +136,7 @@ class LaneOpener:
         transport = self._transports.get(name)
         if advertisement is None or transport is None:
             raise ConnectError(f"the peer granted a stream over {name!r}, which one side does not have")
-        request = LaneRequest(
+        request = interfaces.LaneRequest(
             advertisement,
             route.host,
             route.port,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Mapping
+from copy import copy
 
 from ..errors import AmstError, DeadlineError, error_from_kind
 from ..wire.fields import AttributeValue
@@ -32,7 +33,7 @@ class PendingRequest:
         if not self._done.wait(timeout):
             raise DeadlineError(f"{self._core.peer} did not answer within {timeout} s", peer=self._core.peer)
         if self._error is not None:
-            raise self._error
+            raise copy(self._error)
         assert self._reply is not None, "done without a reply or an error"
         if self._reply.kind:
             raise error_from_kind(self._reply.kind, self._reply.message, peer=self._core.peer)
@@ -59,7 +60,7 @@ class Requests:
         """Send a request; ``acceptor`` decides about the transfers that answer it."""
         with self._lock:
             if self._ended is not None:
-                raise self._ended
+                raise copy(self._ended)
             pending = PendingRequest(self._core, next(self._numbers))
             self._pending[pending.number] = pending
         if acceptor is not None:

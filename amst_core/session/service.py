@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Final
 
@@ -30,7 +31,6 @@ class FileService:
     def __init__(self, core: SessionCore, root: Root | None) -> None:
         self._core = core
         self._root = root
-        self._long_running = threading.Semaphore(MAX_LONG_RUNNING)
         core.accept_kind(FILE, self._accept)
 
     def handle(self, request: Request) -> None:
@@ -62,15 +62,25 @@ class FileService:
         return {**to_attributes(entry), ops.SIZE: entry.size}
 
     def _in_thread(self, request: Request, act: Callable[[Request], dict[str, AttributeValue]]) -> None:
-        if not self._long_running.acquire(blocking=False):
-            self._reply(request, BusyError(f"more than {MAX_LONG_RUNNING} tree operations in one session"))
+        core = self._core
+        with core.lock:
+            refusal = (
+                "this side is stopping and takes nothing new" if core.draining
+                else f"more than {MAX_LONG_RUNNING} tree operations in one session" if core.serving >= MAX_LONG_RUNNING
+                else None
+            )  # fmt: skip
+            core.serving += refusal is None
+        if refusal is not None:
+            self._reply(request, BusyError(refusal))
             return
 
         def run() -> None:
             try:
                 self._answer(request, act)
             finally:
-                self._long_running.release()
+                with core.lock:
+                    core.serving -= 1
+                    core.room.notify_all()
 
         threading.Thread(target=run, name=f"amst-{request.operation}", daemon=True).start()
 
@@ -205,7 +215,7 @@ class TreeSender:
             entry, ticket = self._completed.get()
             self._open_count -= 1
             if self._core.error is not None:
-                raise self._core.error
+                raise copy(self._core.error)
             if ticket.error is not None:
                 failures.append((entry.path, ticket.error))
             if self.on_done is not None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -44,6 +46,9 @@ CLOSE_TIMEOUT_S: Final = 30.0
 
 GOODBYE_S: Final = 2.0
 """How long the peer has to hang up after CLOSE."""
+
+MAX_CHANNEL: Final = 255
+"""Longest name of a channel, in bytes of UTF-8."""
 
 HEALTH_TIMEOUT_S: Final = 5.0
 ADJUST_TIMEOUT_S: Final = 15.0
@@ -101,13 +106,14 @@ class Session:
         self.setup_seconds = 0.0
         self._encrypted = encrypted
         self._max_message = max_message
-        self._max_streams = max_streams
+        self.max_streams = max_streams
         self._on_lane_request = on_lane_request
         self.requests = Requests(core)
         self._service = FileService(core, root)
         self._telemetry = Telemetry(core, session_id=session_id, mode=mode)
         self._loop = ControlLoop(core, channel, self._handle, tick=self._telemetry.sample)
         self._health_checked_at: float | None = None
+        self._adjusting = threading.Lock()
         core.on_failed = self._session_failed
         core.on_released = lambda: on_end(self)
 
@@ -128,6 +134,7 @@ class Session:
             UsageError: longer than ``limits.max_message``; files and pipes have no such limit.
             AmstError: the session has ended.
         """
+        _check_channel(channel)
         view = memoryview(data)
         if not view.c_contiguous:
             view = memoryview(view.tobytes())
@@ -216,28 +223,30 @@ class Session:
             UsageError: ``count`` is not within 1 and ``transport.amst.max_streams``.
             AmstError: the session has ended.
         """
-        if not 1 <= count <= self._max_streams:
-            raise UsageError(f"{count} streams: 1 to {self._max_streams} (transport.amst.max_streams) are possible")
+        if not 1 <= count <= self.max_streams:
+            raise UsageError(f"{count} streams: 1 to {self.max_streams} (transport.amst.max_streams) are possible")
         core = self.core
         deadline = time.monotonic() + ADJUST_TIMEOUT_S
-        failures = core.failed_connections
-        with core.lock:
-            core.check_open_locked()
-            live = [w for w in core.lanes.values() if not w.leaving]
-            if len(live) > count:
-                for worker in live[count:]:
-                    worker.leave_locked()
-        if len(live) < count:
-            more = count - len(live) if core.is_opener else count
-            core.tell(LaneRequest(more, self.wanted_transport))
-        with core.lock:
-            while core.error is None and sum(not w.leaving for w in core.lanes.values()) != count:
-                left = deadline - time.monotonic()
-                if left <= 0 or core.failed_connections > failures:
-                    break
-                core.room.wait(left)
-            core.check_open_locked()
-            return sum(not w.leaving for w in core.lanes.values())
+        with self._adjusting:
+            with core.lock:
+                core.check_open_locked()
+                missing = count - len(core.live_lanes_locked())
+                settled = core.total_lanes + core.failed_connections + core.refused_lanes + missing
+            if missing > 0 and self.opener is not None:
+                self.opener.ask(missing, self.wanted_transport)
+            elif missing > 0:
+                core.tell(LaneRequest(count, self.wanted_transport))
+            with core.lock:
+                while True:
+                    core.check_open_locked()
+                    live = core.live_lanes_locked()
+                    for worker in live[count:]:
+                        worker.leave_locked()
+                    came = core.total_lanes + core.failed_connections + core.refused_lanes
+                    left = deadline - time.monotonic()
+                    if len(live) >= count or came >= settled or left <= 0:
+                        return min(len(live), count)
+                    core.room.wait(left)
 
     def health_check(self, timeout: float = HEALTH_TIMEOUT_S) -> HealthReport:
         """Ask the peer for a sign of life on every stream and wait for the answers.
@@ -252,13 +261,15 @@ class Session:
             workers = [w for w in core.lanes.values() if not w.leaving]
             started = time.monotonic()
             for worker in workers:
+                worker.pings[token] = None
                 worker.send_frame_locked(FrameHeader(FrameKind.PING, offset=token))
-            while not all(token in w.pongs or w.dead for w in workers):
+            while not all(w.pings[token] is not None or w.dead for w in workers):
                 left = deadline - time.monotonic()
                 if left <= 0 or core.error is not None:
                     break
                 core.ponged.wait(left)
-            trips = {w.id: (w.pongs.pop(token) - started if token in w.pongs else None) for w in workers}
+            answers = {w.id: w.pings.pop(token) for w in workers}
+        trips = {id: None if answered is None else answered - started for id, answered in answers.items()}
         self._health_checked_at = time.monotonic()
         healthy = core.error is None and bool(trips) and all(t is not None for t in trips.values())
         return HealthReport(healthy, trips, tuple(w.health() for w in workers))
@@ -294,7 +305,7 @@ class Session:
         for ticket in self.core.unfinished():
             ticket.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if self.core.error is not None and not isinstance(self.core.error, ClosedError):
-            raise self.core.error
+            raise copy(self.core.error)
 
     def drain(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
         """Take nothing new and wait until all that is under way, in both directions, has ended.
@@ -306,7 +317,7 @@ class Session:
         deadline = time.monotonic() + timeout
         with core.lock:
             core.draining = True
-            while core.error is None and (core.engine.sending or core.engine.receiving):
+            while core.error is None and (core.engine.sending or core.engine.receiving or core.serving):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise DeadlineError(
@@ -389,10 +400,8 @@ class Session:
             case LaneRequest():
                 self._on_lane_request(self, message)
             case LaneLost(incarnation, kind, text):
-                worker = self.core.lanes.get(incarnation)
-                if worker is not None:
-                    told = error_from_kind(kind, f"the peer gave it up: {text}", peer=self.peer)
-                    self.core.lane_ended(worker, told, told=True)
+                told = error_from_kind(kind, f"the peer gave it up: {text}", peer=self.peer)
+                self.core.lane_given_up(incarnation, told)
             case Request():
                 self._service.handle(message)
             case Reply():
@@ -403,6 +412,15 @@ class Session:
                 self.core.fail(ClosedError(f"{self.peer} closed the session", peer=self.peer))
             case _:
                 self.core.receive(message)
+
+
+def _check_channel(channel: str) -> None:
+    try:
+        size = len(channel.encode())
+    except UnicodeEncodeError as err:
+        raise UsageError(f"channel {channel!r} cannot be written as UTF-8") from err
+    if size > MAX_CHANNEL:
+        raise UsageError(f"a channel's name of {size} bytes; {MAX_CHANNEL} are allowed")
 
 
 def _counted(progress: Callable[[int, int | None], None] | None) -> ProgressCallback | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
+from copy import copy
 
 from ..errors import AmstError, DeadlineError
+
+_log = logging.getLogger("amst.session")
 
 
 class Ticket:
@@ -50,7 +54,7 @@ class Ticket:
         if not self._done.wait(timeout):
             raise DeadlineError(f"not delivered within {timeout} s ({self._acknowledged} of {self.size} bytes are)")
         if self._error is not None:
-            raise self._error
+            raise copy(self._error)
 
     def cancel(self) -> None:
         """Give the transfer up: the peer drops what it has of it. No effect once completed."""
@@ -65,14 +69,14 @@ class Ticket:
             if not self._done.is_set():
                 self._callbacks.append(callback)
                 return
-        callback(self)
+        _call(callback, self)
 
     # ---- for the session --------------------------------------------------------------------
 
     def advance(self, acknowledged: int) -> None:
         self._acknowledged = acknowledged
         if self.on_progress is not None and not self._done.is_set():
-            self.on_progress(acknowledged, self.size)
+            _call(self.on_progress, acknowledged, self.size)
 
     def complete(self, error: AmstError | None) -> None:
         with self._lock:
@@ -84,6 +88,14 @@ class Ticket:
             self._done.set()
             callbacks, self._callbacks = self._callbacks, []
         if self.on_progress is not None and error is None:
-            self.on_progress(self.size, self.size)
+            _call(self.on_progress, self.size, self.size)
         for callback in callbacks:
-            callback(self)
+            _call(callback, self)
+
+
+def _call(callback: Callable[..., None], *args: object) -> None:
+    """What the application's code raises on a thread of the session concerns neither."""
+    try:
+        callback(*args)
+    except Exception:
+        _log.exception("a callback of the application raised")

@@ -1,0 +1,549 @@
+"""Streams come, go, break, stall and lie; what was sent arrives all the same, whole and once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from amst_core.errors import AmstError, BrokenError, IntegrityError, UsageError
+from amst_core.interfaces import Lane
+from amst_core.wire.frames import FrameKind
+
+pytestmark = pytest.mark.needs_transport
+
+MIB = 1 << 20
+DATA = int(FrameKind.DATA)
+
+
+@pytest.fixture
+def payload() -> bytes:
+    return os.urandom(24 * MIB)
+
+
+@pytest.fixture
+def gate(wrapped_lane: Any) -> Any:
+    """Lanes that stop before their second chunk until `go_on`; ``waiting`` counts those that have."""
+
+    class Gate:
+        def __init__(self) -> None:
+            self.go_on = threading.Event()
+            self.waiting = 0
+            self._lock = threading.Lock()
+
+        def wrap(self, inner: Lane) -> Lane:
+            gate = self
+
+            class GatedLane(wrapped_lane):  # type: ignore[misc]
+                chunks = 0
+
+                def send_frame(self, header: bytes, payload: memoryview) -> None:
+                    if header[1] == DATA:
+                        self.chunks += 1
+                        if self.chunks == 2:
+                            with gate._lock:
+                                gate.waiting += 1
+                            assert gate.go_on.wait(20)
+                    super().send_frame(header, payload)
+
+            return GatedLane(inner)
+
+    return Gate()
+
+
+def kill_with_ss(lane: Lane) -> None:
+    """Have the kernel destroy the connection, as if the path had gone."""
+    near, _, far = lane.description.removeprefix("tcp ").partition(" -> ")
+    done = subprocess.run(
+        ["ss", "-K", "-t", "-n", "-H", "src", near, "dst", far], capture_output=True, text=True, check=True
+    )
+    assert near in done.stdout, f"ss -K killed nothing: {done}"
+
+
+def abort(lane: Lane) -> None:
+    lane.abort()
+
+
+needs_ss = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ss") is None, reason="ss -K needs root, and iproute2 installed"
+)
+
+
+@pytest.mark.parametrize("victims", [1, 3])
+@pytest.mark.parametrize("kill", [abort, pytest.param(kill_with_ss, marks=needs_ss)])
+@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
+def test_killed_lanes_lose_nothing(
+    net: Any, spawn: Any, wrap_lanes: Any, gate: Any, payload: bytes, victims: int, kill: Any, plaintext: bool
+) -> None:
+    wrap_lanes(near=gate.wrap)
+    pair = net.pair(streams=4, plaintext=plaintext)
+    ticket = pair.near.send(payload)
+    net.wait_until(lambda: gate.waiting == 4, "every lane to be in the middle")
+    for worker in list(pair.near.core.lanes.values())[:victims]:
+        kill(worker.lane)
+    gate.go_on.set()
+    assert hashlib.sha256(pair.far.recv(timeout=20)).digest() == hashlib.sha256(payload).digest()
+    ticket.wait(20)
+    net.wait_until(lambda: len(pair.far.core.lanes) == 4 - victims, "the server to notice")
+    for end in pair.ends:
+        metrics = end.metrics()
+        assert metrics.lane_failures == victims
+        assert metrics.active_streams == 4 - victims and metrics.total_streams == 4
+        assert metrics.healthy and metrics.last_error
+    assert pair.near.metrics().retransmitted_bytes >= victims * 256 * 1024
+    pair.near.send(b"on").wait(20)
+    assert pair.far.recv(timeout=20) == b"on"
+
+
+def test_lanes_killed_at_the_receiver_during_a_file(net: Any, spawn: Any, tmp_path: Any, payload: bytes) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "file").write_bytes(payload * 2)
+    pair = net.pair(streams=8, root=tmp_path / "root")
+    for round_ in range(7):
+        victim = next(iter(pair.far.core.lanes.values()))
+        task = spawn(pair.near.send_file, tmp_path / "file", f"copy{round_}")
+        moved = pair.far.core.engine.bytes_verified
+        net.wait_until(lambda moved=moved: pair.far.core.engine.bytes_verified > moved + 4 * MIB, "some to arrive")
+        victim.lane.abort()
+        task.outcome()
+        assert (tmp_path / "root" / f"copy{round_}").read_bytes() == payload * 2
+    assert pair.far.metrics().lane_failures == 7
+    assert pair.near.metrics().active_streams == 1
+
+
+@pytest.mark.parametrize("kill", [abort, pytest.param(kill_with_ss, marks=needs_ss)])
+def test_all_lanes_dead_is_an_error_that_says_so(
+    net: Any, spawn: Any, wrap_lanes: Any, gate: Any, payload: bytes, kill: Any
+) -> None:
+    wrap_lanes(near=gate.wrap)
+    pair = net.pair(streams=3)
+    ticket = pair.near.send(payload)
+    receiving = spawn(pair.far.recv, timeout=20)
+    net.wait_until(lambda: gate.waiting == 3, "every lane to be in the middle")
+    started = time.monotonic()
+    for worker in list(pair.near.core.lanes.values()):
+        kill(worker.lane)
+    gate.go_on.set()
+    with pytest.raises(BrokenError, match="every stream"):
+        ticket.wait(20)
+    assert isinstance(receiving.error(), BrokenError)
+    assert time.monotonic() - started < 5
+    with pytest.raises(BrokenError, match="every stream"):
+        pair.near.send(b"more")
+    assert not pair.near.metrics().healthy
+
+
+def test_lanes_that_die_one_by_one_can_be_replaced(net: Any, payload: bytes) -> None:
+    pair = net.pair(streams=2)
+    for _ in range(5):
+        next(iter(pair.near.core.lanes.values())).lane.abort()
+        net.wait_until(lambda: len(pair.near.core.lanes) == 1, "the lane to be given up")
+        net.wait_until(lambda: len(pair.far.core.lanes) == 1, "the lane to be given up at the server")
+        assert pair.near.adjust_streams(2) == 2
+        pair.near.send(payload[:MIB]).wait(20)
+        assert pair.far.recv(timeout=20) == payload[:MIB]
+    metrics = pair.near.metrics()
+    assert (metrics.lane_failures, metrics.total_streams, metrics.active_streams) == (5, 7, 2)
+
+
+# ---- damage ----------------------------------------------------------------------------------------
+
+
+class Damage:
+    """Spoils one frame of as many lanes as asked, once each, by ``spoil(header, payload)``."""
+
+    def __init__(self, wrapped_lane: Any, lanes: int, spoil: Any, at: int = 2) -> None:
+        self._wrapped_lane, self._left, self._spoil, self._at = wrapped_lane, lanes, spoil, at
+        self._lock = threading.Lock()
+        self.done = 0
+
+    def wrap(self, inner: Lane) -> Lane:
+        damage = self
+        with self._lock:
+            self._left -= 1
+            bad = self._left >= 0
+
+        class DamagedLane(self._wrapped_lane):  # type: ignore[misc,name-defined]
+            chunks = 0
+
+            def send_frame(self, header: bytes, payload: memoryview) -> None:
+                if bad and header[1] == DATA:
+                    self.chunks += 1
+                    if self.chunks == damage._at:
+                        spoiled = bytearray(payload)
+                        header = damage._spoil(bytearray(header), spoiled)
+                        payload = memoryview(spoiled)
+                        damage.done += 1
+                super().send_frame(bytes(header), payload)
+
+        return DamagedLane(inner)
+
+
+def flip_payload(header: bytearray, payload: bytearray) -> bytearray:
+    payload[len(payload) // 2] ^= 0x10
+    return header
+
+
+def flip_header(at: int, bit: int) -> Any:
+    def flip(header: bytearray, payload: bytearray) -> bytearray:
+        header[at] ^= bit
+        return header
+
+    return flip
+
+
+FLIPS = {
+    "payload": flip_payload,
+    "version": flip_header(0, 1),
+    "kind": flip_header(1, 4),
+    "flags": flip_header(3, 1),
+    "check": flip_header(5, 8),
+    "transfer": flip_header(14, 64),
+    "offset": flip_header(21, 64),
+    "offset, by less than a chunk": flip_header(22, 64),
+    "length": flip_header(26, 1),
+    "wire length": flip_header(30, 1),
+}
+
+
+@pytest.mark.parametrize("flip", FLIPS.values(), ids=FLIPS.keys())
+@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
+def test_a_bit_flipped_on_the_way_costs_a_lane_and_nothing_else(
+    net: Any, wrap_lanes: Any, wrapped_lane: Any, payload: bytes, flip: Any, plaintext: bool
+) -> None:
+    damage = Damage(wrapped_lane, 1, flip)
+    wrap_lanes(near=damage.wrap)
+    pair = net.pair(streams=3, plaintext=plaintext)
+    sent = 0
+    while not damage.done:  # until the bad lane had its turn
+        pair.near.send(payload)
+        sent += 1
+        assert hashlib.sha256(pair.far.recv(timeout=20)).digest() == hashlib.sha256(payload).digest()
+    pair.near.flush(20)
+    net.wait_until(lambda: len(pair.near.core.lanes) == 2, "the lane to be dropped")
+    assert pair.far.metrics().lane_failures == pair.near.metrics().lane_failures == 1
+    assert pair.near.metrics().retransmitted_bytes > 0
+    assert pair.near.error is None and pair.far.error is None
+
+
+@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
+def test_damage_in_a_file_never_reaches_the_disk(
+    net: Any, wrap_lanes: Any, wrapped_lane: Any, tmp_path: Any, payload: bytes, plaintext: bool
+) -> None:
+    damage = Damage(wrapped_lane, 2, flip_payload, at=1)
+    wrap_lanes(near=damage.wrap)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "file").write_bytes(payload)
+    pair = net.pair(streams=4, root=tmp_path / "root", plaintext=plaintext)
+    round_ = 0
+    while damage.done < 2:
+        pair.near.send_file(tmp_path / "file", f"copy{round_}")
+        assert (tmp_path / "root" / f"copy{round_}").read_bytes() == payload
+        round_ += 1
+    net.wait_until(lambda: pair.near.metrics().lane_failures == 2, "both lanes to be dropped")
+
+
+@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
+def test_three_damaged_lanes_end_the_session_with_an_integrity_error(
+    net: Any, spawn: Any, wrap_lanes: Any, wrapped_lane: Any, payload: bytes, plaintext: bool
+) -> None:
+    wrap_lanes(near=Damage(wrapped_lane, 4, flip_payload, at=1).wrap)
+    pair = net.pair(streams=8, plaintext=plaintext)
+    receiving = spawn(lambda: [pair.far.recv(timeout=20) for _ in range(50)])
+    errors: list[AmstError] = []
+    for _ in range(50):
+        try:
+            pair.near.send(payload).wait(20)
+        except AmstError as err:
+            errors.append(err)
+            break
+    assert [type(err) for err in errors] == [IntegrityError]
+    assert type(receiving.error()) is IntegrityError
+    assert type(pair.near.error) is type(pair.far.error) is IntegrityError
+
+
+def test_a_lane_that_stalls_after_a_header_is_given_up(
+    net: Any, wrap_lanes: Any, wrapped_lane: Any, payload: bytes
+) -> None:
+    stalled, released = threading.Event(), threading.Event()
+
+    class StallingLane(wrapped_lane):  # type: ignore[misc]
+        def send_frame(self, header: bytes, payload: memoryview) -> None:
+            if header[1] != DATA or stalled.is_set():
+                super().send_frame(header, payload)
+                return
+            stalled.set()
+            self.inner.write([memoryview(header), payload[:1000]])
+            assert released.wait(20)
+            raise BrokenError("aborted while stalling")
+
+        def abort(self) -> None:
+            released.set()
+            super().abort()
+
+    wrap_lanes(near=StallingLane)
+    pair = net.pair(streams=2, server={"transport__amst__read_timeout": "1s"})
+    ticket = pair.near.send(payload)
+    got = pair.far.recv(timeout=20)
+    assert stalled.is_set()
+    assert got == payload
+    ticket.wait(20)
+    assert pair.far.metrics().lane_failures == 1
+
+
+def test_a_chunk_that_comes_twice_is_received_once(
+    net: Any, wrap_lanes: Any, wrapped_lane: Any, payload: bytes
+) -> None:
+    """Every lane sends each chunk twice, and the last one of another lane again: late, early, at the same time."""
+    last: list[tuple[bytes, bytes]] = []
+
+    class RepeatingLane(wrapped_lane):  # type: ignore[misc]
+        def send_frame(self, header: bytes, payload: memoryview) -> None:
+            super().send_frame(header, payload)
+            if header[1] == DATA:
+                super().send_frame(header, payload)
+                for other in last[-2:]:
+                    super().send_frame(other[0], memoryview(other[1]))
+                last.append((header, bytes(payload)))
+
+    wrap_lanes(near=RepeatingLane)
+    pair = net.pair(streams=4, plaintext=True)  # sealed frames cannot be repeated: their nonce counts
+    ticket = pair.near.send(payload)
+    assert pair.far.recv(timeout=20) == payload
+    ticket.wait(20)
+    for i in range(20):
+        pair.near.send(b"%d" % i)
+    assert [bytes(pair.far.recv(timeout=20)) for i in range(20)] == [b"%d" % i for i in range(20)]
+    assert pair.far.metrics().lane_failures == 0
+    assert pair.far.core.engine.bytes_verified == len(payload) + sum(len(b"%d" % i) for i in range(20))
+
+
+def test_a_copy_that_was_dropped_is_asked_for_when_the_first_one_fails(
+    net: Any, wrap_lanes: Any, wrapped_lane: Any, payload: bytes
+) -> None:
+    half_sent, copied, aborted = threading.Event(), threading.Event(), threading.Event()
+    chunk: list[tuple[bytes, bytes]] = []
+
+    class HalfLane(wrapped_lane):  # type: ignore[misc]
+        def send_frame(self, header: bytes, payload: memoryview) -> None:
+            if header[1] == DATA and not chunk:
+                chunk.append((header, bytes(payload)))
+                self.inner.write([memoryview(header), payload[: len(payload) // 2]])
+                half_sent.set()
+                assert copied.wait(20)
+                self.inner.abort()
+                aborted.set()
+                raise BrokenError("the path broke")
+            if header[1] == DATA:
+                assert half_sent.wait(20)
+                if not copied.is_set():
+                    super().send_frame(chunk[0][0], memoryview(chunk[0][1]))
+                    copied.set()
+                    assert aborted.wait(20)
+            super().send_frame(header, payload)
+
+    wrap_lanes(near=HalfLane)
+    pair = net.pair(streams=2, plaintext=True)
+    ticket = pair.near.send(payload)
+    assert pair.far.recv(timeout=20) == payload
+    ticket.wait(20)
+    assert copied.is_set()
+
+
+# ---- adjusting -------------------------------------------------------------------------------------
+
+
+class Traffic:
+    """Messages in both directions, checked, until stopped."""
+
+    def __init__(self, pair: Any, spawn: Any, size: int = MIB) -> None:
+        self._pair, self._size = pair, size
+        self._stop = threading.Event()
+        self.moved = 0
+        self._tasks = [spawn(self._send, end, name) for end, name in ((pair.near, "n"), (pair.far, "f"))]
+        self._tasks += [spawn(self._receive, end, name) for end, name in ((pair.far, "n"), (pair.near, "f"))]
+
+    def _send(self, end: Any, channel: str) -> None:
+        i = 0
+        while not self._stop.is_set():
+            end.send(i.to_bytes(8, "big") * (self._size // 8), channel=channel).wait(20)
+            i += 1
+        end.send(b"", channel=channel)
+
+    def _receive(self, end: Any, channel: str) -> None:
+        i = 0
+        while got := end.recv(channel, timeout=20):
+            assert got == i.to_bytes(8, "big") * (self._size // 8)
+            i += 1
+            self.moved += 1
+
+    def stop(self) -> None:
+        self._stop.set()
+        for task in self._tasks:
+            task.outcome()
+
+
+@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
+def test_streams_are_added_and_removed_under_load_by_both_sides(net: Any, spawn: Any, plaintext: bool) -> None:
+    pair = net.pair(streams=4, plaintext=plaintext)
+    traffic = Traffic(pair, spawn)
+    for end, other, count in (
+        (pair.near, pair.far, 8),
+        (pair.near, pair.far, 2),
+        (pair.far, pair.near, 6),
+        (pair.far, pair.near, 1),
+        (pair.near, pair.far, 5),
+    ):
+        assert end.adjust_streams(count) == count
+        moved = traffic.moved
+        net.wait_until(lambda other=other, count=count: other.metrics().active_streams == count, "the other side")
+        net.wait_until(lambda moved=moved: traffic.moved >= moved + 4, "traffic to go on")
+    traffic.stop()
+    for end in pair.ends:
+        metrics = end.metrics()
+        assert metrics.lane_failures == 0
+        assert metrics.retransmitted_bytes == 0
+        assert metrics.active_streams == 5
+        assert metrics.total_streams == 4 + 4 + 4 + 4
+
+
+def test_the_same_number_again_changes_nothing(net: Any) -> None:
+    pair = net.pair(streams=2)
+    assert pair.near.adjust_streams(2) == pair.far.adjust_streams(2) == 2
+    assert pair.near.metrics().total_streams == 2
+
+
+def test_many_adjustments_at_once_from_both_sides_leave_a_working_session(net: Any, spawn: Any) -> None:
+    pair = net.pair(streams=4)
+    traffic = Traffic(pair, spawn, size=200_000)
+    tasks = [
+        spawn(lambda end=end, counts=counts: [end.adjust_streams(count) for count in counts])
+        for end, counts in (
+            (pair.near, (1, 6, 1, 4)),
+            (pair.far, (1, 5, 2, 1)),
+            (pair.near, (3, 1, 8)),
+            (pair.far, (2, 1, 7)),
+        )
+    ]
+    for task in tasks:
+        task.outcome(40)
+    moved = traffic.moved
+    net.wait_until(lambda: traffic.moved > moved + 10, "traffic to go on")
+    traffic.stop()
+    assert pair.near.error is None and pair.far.error is None
+    assert pair.near.adjust_streams(3) == 3
+    net.wait_until(lambda: pair.far.metrics().active_streams == 3, "the other side")
+    assert pair.near.metrics().lane_failures == pair.far.metrics().lane_failures == 0
+
+
+def test_both_sides_shrinking_at_once_keep_the_same_lane(net: Any, spawn: Any) -> None:
+    for _ in range(5):
+        pair = net.pair(streams=6)
+        # the order in which lanes came up differs between the sides
+        pair.far.core.lanes = dict(reversed(pair.far.core.lanes.items()))
+        tasks = [spawn(end.adjust_streams, 1) for end in pair.ends]
+        assert [task.outcome() for task in tasks] == [1, 1]
+        net.wait_until(lambda pair=pair: [len(e.core.lanes) for e in pair.ends] == [1, 1], "one lane to be left")
+        pair.near.send(b"still there").wait(20)
+        assert pair.far.recv(timeout=20) == b"still there"
+        pair.near.close()
+
+
+def test_a_lane_that_leaves_takes_nobodys_wake_up_with_it(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk wakes one idle lane; if that one is told to leave in the same moment, another must go."""
+    pair = net.pair(streams=2)
+    core = pair.near.core
+    net.wait_until(lambda: len(core._idle) == 2, "both lanes to be idle")
+    kick = core.kick_locked
+    left: list[int] = []
+
+    def kick_and_leave() -> None:
+        before = list(core._idle)
+        kick()
+        woken = [worker for worker in before if worker not in core._idle]
+        if woken and not left:
+            left.append(woken[0].id)
+            woken[0].leave_locked()
+
+    monkeypatch.setattr(core, "kick_locked", kick_and_leave)
+    pair.near.send(b"through").wait(5)
+    assert left
+    assert pair.far.recv(timeout=5) == b"through"
+
+
+def test_chunks_of_a_lane_that_had_left_here_and_broke_there_are_sent_again(
+    net: Any, wrap_lanes: Any, wrapped_lane: Any, payload: bytes
+) -> None:
+    """The client ends a lane; the server's FIN is sent, but the path breaks before the client has read it all."""
+    held, go_on = threading.Event(), threading.Event()
+
+    class DeafLane(wrapped_lane):  # type: ignore[misc]
+        def recv_frame(self, place: Any) -> bytes | None:
+            def placing(header: memoryview) -> Any:
+                if header[1] == DATA and not held.is_set():
+                    held.set()
+                    assert go_on.wait(20)
+                    self.inner.abort()
+                return place(header)
+
+            return self.inner.recv_frame(placing)
+
+    wrap_lanes(near=DeafLane)
+    # chunks so small that several fit between the two kernels
+    pair = net.pair(streams=2, server={"transport__amst__chunk_size_kb": 64})
+    data = payload[: 4 * MIB]
+    ticket = pair.far.send(data)
+    assert held.wait(20)
+    deaf = next(w for w in pair.near.core.lanes.values() if w._arriving is not None or w.lane._recv_busy) if False else None
+    assert deaf is None
+    keeping = [w for w in pair.near.core.lanes.values()]
+    with pair.near.core.lock:
+        for worker in keeping:
+            if worker.bytes_received == 0:
+                worker.leave_locked()
+                break
+    net.wait_until(lambda: len(pair.far.core.lanes) == 1, "the server to have ended its side")
+    go_on.set()
+    assert pair.near.recv(timeout=20) == data
+    ticket.wait(20)
+
+
+@pytest.mark.parametrize("count", [0, -1, 9])
+def test_a_number_of_streams_out_of_bounds_is_refused(net: Any, count: int) -> None:
+    pair = net.pair(client={"transport__amst__max_streams": 8})
+    with pytest.raises(UsageError, match="max_streams"):
+        pair.near.adjust_streams(count)
+    assert pair.near.metrics().active_streams == 2
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """As many descriptors as this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if 0 <= hard < 3000:
+        pytest.skip(f"512 streams, both ends, need 3000 descriptors; this process may have {hard}")
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("streams", [1, 64, 512])
+@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
+def test_any_number_of_streams(net: Any, many_files: None, payload: bytes, streams: int, plaintext: bool) -> None:
+    limits: dict[str, object] = {"transport__amst__max_streams": 512}
+    pair = net.pair(streams=streams, plaintext=plaintext, server=limits, client=limits)
+    for here, there in (pair.ends, pair.ends[::-1]):
+        ticket = here.send(payload)
+        assert there.recv(timeout=30) == payload
+        ticket.wait(20)
+    metrics = pair.near.metrics()
+    assert (metrics.active_streams, metrics.lane_failures) == (streams, 0)
+    assert len(metrics.streams) == streams
