@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import queue
-import secrets
 import socket
 import threading
 import time
@@ -102,7 +101,7 @@ class Server:
         self._sessions: dict[str, Session] = {}
         self._admitting = 0  # handshakes that count towards limits.sessions
         self._grants: dict[int, _Grant] = {}
-        self._incarnations = itertools.count(secrets.randbits(48) + 1)
+        self._incarnations = itertools.count(1)  # secret they need not be, only never the same again
         self._accepted: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
         self._closed = False
         self._listener = Listener(
