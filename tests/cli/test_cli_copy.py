@@ -134,7 +134,8 @@ def test_json_tells_what_was_done_and_nothing_else_is_on_standard_output(options
     assert value["encrypted"] is ("--plaintext" not in options)
     assert (value["verified"], value["transport"], value["mode"]) == (True, "tcp", "datacenter")
     wanted = options[1] if len(options) > 1 else "auto"
-    assert value["streams"] == (16 if wanted == "auto" else int(wanted))
+    # So little may have arrived before the last stream is open.
+    assert 1 <= value["streams"] <= (16 if wanted == "auto" else int(wanted))
     assert value["seconds"] > 0
     assert value["setup_seconds"] > 0
     assert value["throughput_bytes_per_s"] == pytest.approx(size / value["seconds"])
@@ -146,16 +147,26 @@ def test_json_tells_what_was_done_and_nothing_else_is_on_standard_output(options
 def test_settings_come_from_the_environment_a_file_and_the_command_line(place, tmp_path):
     amst, url, _ = place
     (tmp_path / "a").write_bytes(b"a")
-    (tmp_path / "s.toml").write_text("[transport.modes]\ndatacenter_streams = 3\n")
-    (tmp_path / "t.toml").write_text("[transport.modes]\ndatacenter_streams = 4\n")
-    option = ("--set", "transport.modes.datacenter_streams=6")
-    copy = ("cp", "--json", "a", f"{url}/")
-    assert result_of(amst(*copy, AMST_CONFIG="s.toml"))["streams"] == 3
-    assert result_of(amst(*copy, "--config", "t.toml", AMST_CONFIG="s.toml"))["streams"] == 4
-    assert result_of(amst(*copy, AMST_CONFIG="s.toml", AMST_TRANSPORT__MODES__DATACENTER_STREAMS="5"))["streams"] == 5
-    assert result_of(amst(*copy, *option, AMST_TRANSPORT__MODES__DATACENTER_STREAMS="5"))["streams"] == 6
+    (tmp_path / "s.toml").write_text("[transport.amst]\nmax_streams = 3\n")
+    (tmp_path / "t.toml").write_text("[transport.amst]\nmax_streams = 4\n")
+
+    def limit(*options: str, **env: str) -> str:
+        """The most streams there may be, as the complaint about too many tells it."""
+        done = amst("cp", "--streams", "9", "a", f"{url}/", *options, **env)
+        assert done.returncode == 2
+        match = re.search("9 streams: 1 to ([0-9]+) are possible", done.stderr)
+        assert match is not None, done.stderr
+        return match[1]
+
+    file, variable = {"AMST_CONFIG": "s.toml"}, {"AMST_TRANSPORT__AMST__MAX_STREAMS": "5"}
+    assert limit(**file) == "3"
+    assert limit("--config", "t.toml", **file) == "4"
+    assert limit(**file, **variable) == "5"
+    assert limit("--set", "transport.amst.max_streams=6", **file, **variable) == "6"
+    copy = ("cp", "a", f"{url}/")
     assert amst(*copy, "--set", "limits.memroy=1").returncode == 2
     assert amst(*copy, AMST_CONFIG="nowhere.toml").returncode == 2
+    assert amst(*copy, **file).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -229,6 +240,11 @@ def test_a_local_target_that_is_a_link_to_a_directory_is_that_directory(place, t
     (tmp_path / "link").symlink_to("real")
     assert amst("cp", f"{url}/a", "link").returncode == 0
     assert (tmp_path / "real" / "a").read_bytes() == b"a"
+    (there / "dir").mkdir()
+    (there / "dir" / "b").write_bytes(b"b")
+    assert amst("cp", f"{url}/dir/.", "link").returncode == 0
+    assert (tmp_path / "real" / "b").read_bytes() == b"b"
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_names_are_percent_encoded_bytes_in_urls_only(place, tmp_path):
@@ -453,7 +469,7 @@ def test_a_copy_ends_with_a_summary_unless_quiet(place, tmp_path):
     tree = make_tree(tmp_path / "tree")
     loud = amst("cp", tree, f"{url}/")
     assert re.fullmatch(
-        r"copied 11 files, 3\.0 MiB in [0-9.]+ s \([0-9.]+ [KMG]iB/s\) over 16 tcp streams, encrypted, verified\n",
+        r"copied 11 files, 3\.0 MiB in [0-9.]+ s \([0-9.]+ [KMG]iB/s\) over [0-9]+ tcp streams?, encrypted, verified\n",
         loud.stderr,
     )
     assert loud.stdout == ""
