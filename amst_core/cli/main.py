@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def _main(argv: list[str]) -> int:
     parsed = None
     try:
         parsed = options.parse(argv)
+        _allow_descriptors()
         command = importlib.import_module(f".{_MODULES[parsed.command]}", __package__)
         # serve waits for signals in a way of its own.
         with contextlib.nullcontext() if parsed.command == "serve" else signals.raising():
@@ -55,6 +57,12 @@ def _main(argv: list[str]) -> int:
     if options.wants_json(argv) and (report.error is not None or (parsed and parsed.command in _REPORTING)):
         output.print_json(report.as_dict())
     return code
+
+
+def _allow_descriptors() -> None:
+    """Use all the file descriptors this process may have: a stream needs one, an open file up to two."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _failed(err: AmstError, report: output.Report) -> int:

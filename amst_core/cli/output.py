@@ -70,7 +70,7 @@ class Report:
         self.retransmitted_bytes = metrics.retransmitted_bytes
         self.lane_failures = metrics.lane_failures
         self.reason = about.transport_reason or None
-        self.arrived = bool(session.core.engine.bytes_acknowledged or metrics.bytes_received)
+        self.arrived = bool(about.acknowledged_bytes or metrics.bytes_received)
 
     def take_amount(self, moved_bytes: int, *, files: int = 0, seconds: float) -> None:
         """Note how much arrived, and in which time."""
