@@ -9,7 +9,7 @@ import time
 from ..control import handshake
 from ..control.channel import ControlChannel
 from ..endpoint import parse_endpoint
-from ..errors import AmstError, AuthError, ConnectError, DeadlineError, UsageError
+from ..errors import AmstError, AuthError, BrokenError, ConnectError, DeadlineError, ProtocolError, UsageError
 from ..files.root import Root
 from ..interfaces import Endpoint, Mode
 from ..plugins import Plugins
@@ -88,7 +88,7 @@ def connect(
     channel = ControlChannel(sock, tls, peer=str(endpoint))
     try:
         wish = handshake.Wish(wants_plaintext, count, tuple(choice.order))
-        agreement = handshake.connect(channel, token=token, wish=wish, terms=own_terms(settings), deadline=deadline)
+        agreement = _agree(channel, token=token, wish=wish, terms=own_terms(settings), deadline=deadline)
         name = choice.settle([offer.transport for offer in agreement.peer.transports])
         host, port = channel.remote_address
         core = make_core(settings, agreement.peer, peer=str(endpoint), is_opener=True)
@@ -150,12 +150,27 @@ def _dial(endpoint: Endpoint, timeout_s: float) -> socket.socket:
         raise ConnectError(f"cannot connect to {endpoint}: {err}", peer=str(endpoint)) from err
 
 
+def _agree(
+    channel: ControlChannel, *, token: bytes, wish: handshake.Wish, terms: handshake.Terms, deadline: float
+) -> handshake.Agreement:
+    """`handshake.connect`, where whatever is no AMST server is a `ConnectError`."""
+    try:
+        return handshake.connect(channel, token=token, wish=wish, terms=terms, deadline=deadline)
+    except DeadlineError:
+        raise
+    except (BrokenError, ProtocolError) as err:
+        raise ConnectError(
+            f"no session with {channel.peer}: {err}; check that an AMST server listens there",
+            peer=channel.peer,
+            retryable=isinstance(err, BrokenError),
+        ) from err
+
+
 def _lanes_wished(session: Session, request: LaneRequest) -> None:
     """The acceptor wishes for so many lanes in all: ask it for those that are missing."""
     opener, core = session.opener, session.core
     assert opener is not None, "the client opens the lanes"
-    coming = opener.coming
     with core.lock:
-        missing = min(request.count, session.max_streams) - len(core.live_lanes_locked()) - coming
+        missing = min(request.count, session.max_streams) - len(core.live_lanes_locked()) - core.coming
     if missing > 0:
         opener.ask(missing, session.wanted_transport)

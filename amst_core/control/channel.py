@@ -35,6 +35,7 @@ class ControlChannel:
         self._sock = sock
         self._tls = tls
         self._records = RecordReader()
+        self._plain = bytearray()
         self._unsent = bytearray()
         self.peer = peer
 
@@ -53,7 +54,7 @@ class ControlChannel:
     @property
     def wants_write(self) -> bool:
         """Bytes wait for the socket to take them."""
-        return bool(self._unsent)
+        return bool(self._plain or self._unsent)
 
     def certificate(self) -> bytes:
         """The certificate that the server showed, DER (client side, after `establish`)."""
@@ -66,8 +67,8 @@ class ControlChannel:
     # ---- non-blocking ----------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
-        """Queue a message; `flush` writes it."""
-        self._tls.send(encode(message))
+        """Queue a message; `flush` writes it, together with its neighbours: one TLS record instead of many."""
+        self._plain += encode(message)
 
     def flush(self) -> None:
         """Write what the socket takes now.
@@ -75,6 +76,9 @@ class ControlChannel:
         Raises:
             BrokenError: the connection is gone.
         """
+        if self._plain:
+            self._tls.send(bytes(self._plain))
+            self._plain.clear()
         self._unsent += self._tls.outgoing()
         if len(self._unsent) > _MAX_UNSENT:
             raise BrokenError(f"{self.peer} does not read its control connection", peer=self.peer)
@@ -107,9 +111,10 @@ class ControlChannel:
         """Write what is queued and close. Idempotent, never raises, takes `_GOODBYE_S` at most."""
         if self._sock.fileno() < 0:
             return
-        self._tls.close()
         deadline = time.monotonic() + _GOODBYE_S
         try:
+            self.flush()
+            self._tls.close()
             self._drain(deadline)
             self._sock.shutdown(socket.SHUT_WR)
             # Closing with unread bytes would send a reset, which may overtake what was just written.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..control.channel import ControlChannel
-from ..errors import AmstError, BrokenError, DeadlineError
+from ..errors import AmstError, ClosedError, DeadlineError
 from ..wire.messages import Close, Message, Ping, Pong
 from .core import SessionCore
 
@@ -124,7 +124,7 @@ class ControlLoop:
         error = self._core.error
         if error is None or isinstance(error, DeadlineError):
             return
-        kind = "" if error.kind in ("closed", BrokenError.kind) else error.kind
+        kind = "" if error.kind == ClosedError.kind else error.kind
         try:
             self._channel.send(Close(kind, error.message))
         except AmstError as err:

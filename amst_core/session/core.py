@@ -107,6 +107,8 @@ class SessionCore:
         self.damaged_lanes = 0
         self.failed_connections = 0
         self.refused_lanes = 0  # asked for and not granted
+        self.coming = 0  # asked for and neither joined nor failed nor refused yet (at the opener)
+        self.most_wanted: int | None = None  # lanes, by this side's last wish
         self.bytes_sent = 0  # by lanes that are gone
         self.bytes_received = 0
         self.error: AmstError | None = None
@@ -191,8 +193,11 @@ class SessionCore:
     def tell(self, *messages: Message) -> None:
         """Queue control messages."""
         with self.lock:
-            self._outbox += messages
-            self.wake_locked()
+            self.tell_locked(*messages)
+
+    def tell_locked(self, *messages: Message) -> None:
+        self._outbox += messages
+        self.wake_locked()
 
     def receive(self, message: Message) -> None:
         """A control message about transfers arrived. Raises `ProtocolError` when it must not have."""
@@ -407,6 +412,9 @@ class SessionCore:
             self.most_lanes = max(self.most_lanes, len(self.lanes))
             self.engine.lane_joined(worker.id)
             self.doom = None
+            self.coming -= self.is_opener
+            if self.most_wanted is not None and len(self.live_lanes_locked()) > self.most_wanted:
+                worker.leave_locked()  # it was asked for before fewer were wanted
             self._fit_chunks_locked()
             self.room.notify_all()
 
@@ -480,12 +488,14 @@ class SessionCore:
         """A lane could not be opened."""
         with self.lock:
             self.failed_connections += 1
+            self.coming -= 1
             self.room.notify_all()
 
     def lanes_refused(self, count: int) -> None:
         """So many of the lanes asked for will not come."""
         with self.lock:
             self.refused_lanes += count
+            self.coming -= count * self.is_opener
             self.room.notify_all()
 
     def _fit_chunks_locked(self) -> None:

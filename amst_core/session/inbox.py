@@ -141,6 +141,13 @@ class Inbox:
         """The session has ended: nothing more arrives."""
         self._error = error
         self._waiting.clear()
+        # what never came whole does not hide what did, and was confirmed, behind it
+        for channel, messages in list(self._channels.items()):
+            whole = deque(message for message in messages if message.data is not None)
+            if whole:
+                self._channels[channel] = whole
+            else:
+                del self._channels[channel]
         self._arrived.notify_all()
 
     def _receive(self, message: _Message) -> memoryview:

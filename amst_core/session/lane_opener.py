@@ -50,20 +50,17 @@ class LaneOpener:
         self._changed = threading.Condition()
         self._opening = 0
         self._asked = deque([asked])  # what each grant that is due may have
+        core.coming = asked
         self._answered = False
         self._first_failure: AmstError | None = None
 
     def ask(self, count: int, transport: str) -> None:
         """Ask the peer for ``count`` more lanes."""
-        with self._changed:
+        core = self._core
+        with self._changed, core.lock:  # grants answer in the order of the requests
             self._asked.append(count)
-            self._core.tell(LaneRequest(count, transport))
-
-    @property
-    def coming(self) -> int:
-        """Lanes asked for and not settled yet."""
-        with self._changed:
-            return sum(self._asked) + self._opening
+            core.coming += count
+            core.tell_locked(LaneRequest(count, transport))
 
     def granted(self, grant: LaneGrant) -> None:
         """The peer lets this side open lanes.

@@ -214,9 +214,9 @@ class TreeSender:
         while self._open_count and (wait or not self._completed.empty()):
             entry, ticket = self._completed.get()
             self._open_count -= 1
-            if self._core.error is not None:
-                raise copy(self._core.error)
             if ticket.error is not None:
+                if self._core.error is not None:
+                    raise copy(self._core.error)
                 failures.append((entry.path, ticket.error))
             if self.on_done is not None:
                 self.on_done(entry, ticket.error)

@@ -63,6 +63,7 @@ class SessionReport:
     transport: str
     transport_reason: str
     most_streams: int
+    acknowledged_bytes: int
     first_offered_at: float | None
     last_done_at: float | None
 
@@ -230,8 +231,10 @@ class Session:
         with self._adjusting:
             with core.lock:
                 core.check_open_locked()
-                missing = count - len(core.live_lanes_locked())
-                settled = core.total_lanes + core.failed_connections + core.refused_lanes + missing
+                core.most_wanted = count
+                missing = count - len(core.live_lanes_locked()) - core.coming
+                settled = core.total_lanes + core.failed_connections + core.refused_lanes
+                settled += core.coming + max(0, missing)
             if missing > 0 and self.opener is not None:
                 self.opener.ask(missing, self.wanted_transport)
             elif missing > 0:
@@ -288,6 +291,7 @@ class Session:
             transport=self.wanted_transport,
             transport_reason=self.transport_reason,
             most_streams=core.most_lanes,
+            acknowledged_bytes=core.engine.bytes_acknowledged,
             first_offered_at=core.first_offered_at,
             last_done_at=core.last_done_at,
         )
@@ -398,6 +402,7 @@ class Session:
                     raise ProtocolError("LANE_GRANT from the side that opens the lanes")
                 self.opener.granted(message)
             case LaneRequest():
+                self.core.most_wanted = None  # the peer's wish is the newer one
                 self._on_lane_request(self, message)
             case LaneLost(incarnation, kind, text):
                 told = error_from_kind(kind, f"the peer gave it up: {text}", peer=self.peer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
@@ -134,8 +133,8 @@ class Net:
         plaintext: bool | None = None,
         root: Path | None = None,
         client_root: Path | None = None,
-        server: dict[str, object] | None = None,
-        client: dict[str, object] | None = None,
+        server: dict[str, Any] | None = None,
+        client: dict[str, Any] | None = None,
     ) -> Pair:
         """A server and one session with it, all streams up on both sides."""
         listening = self.server(root=root, **(server or {}))
@@ -239,7 +238,6 @@ def wrap_lanes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """No thread and no descriptor outlives a test (set up first, so checked last)."""
-    gc.collect()
     threads, descriptors = set(threading.enumerate()), _descriptors()
     yield
     deadline = time.monotonic() + 10.0
