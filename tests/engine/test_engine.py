@@ -7,7 +7,14 @@ from collections.abc import Callable
 import pytest
 
 from amst_core.engine import Engine, Limits, Placement, Verdict
-from amst_core.engine.events import Progress, SourceDrained, TransferDone, TransferDropped, TransferOffered, TransferWhole
+from amst_core.engine.events import (
+    Progress,
+    SourceDrained,
+    TransferDone,
+    TransferDropped,
+    TransferOffered,
+    TransferWhole,
+)
 from amst_core.errors import BrokenError, ProtocolError
 from amst_core.wire import messages as m
 

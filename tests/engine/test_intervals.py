@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,8 +27,8 @@ def test_agrees_with_a_set_of_integers(spans: list[tuple[int, int]], a: int, b: 
     assert intervals.overlaps(a, b) == bool(probe & model)
     gaps = list(intervals.gaps(a, b))
     assert {i for s, e in gaps for i in range(s, e)} == probe - model
-    assert all(s < e for s, e in gaps) and all(x[1] < y[0] for x, y in zip(gaps, gaps[1:], strict=False))
+    assert all(s < e for s, e in gaps) and all(x[1] < y[0] for x, y in itertools.pairwise(gaps))
     held = intervals.spans()
     assert {i for s, e in held for i in range(s, e)} == model
-    assert all(x[1] < y[0] for x, y in zip(held, held[1:], strict=False)), "neighbours must be merged"
+    assert all(x[1] < y[0] for x, y in itertools.pairwise(held)), "neighbours must be merged"
     assert intervals.spans(after=20, limit=1) == tuple(s for s in held if s[0] >= 20)[:1]
