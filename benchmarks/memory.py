@@ -117,7 +117,8 @@ def main() -> None:
                 row["peer"] = max(row["iperf3"], row["iperf3_1m"])
                 rounds.append(row)
                 print(" ".join(f"{k} {v / 1e9:.2f} GB/s" if v > 1e6 else f"{k} {v:g}" for k, v in row.items()))
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}"
+    system = f"Linux {platform.release()}, Python {platform.python_version()}"
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {system}"
     print(f"\n{machine}; medians of {args.rounds} interleaved rounds of {args.size / 2**30:g} GiB\n")
     print("| streams | better iperf3, GB/s | plaintext, GB/s | ratio | encrypted, GB/s | ratio |")
     print("|---|---|---|---|---|---|")
