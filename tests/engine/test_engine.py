@@ -241,6 +241,36 @@ def test_opening_beyond_the_peers_limit_is_refused() -> None:
         engine.open(m.MESSAGE, size=1, flow="f")
 
 
+def test_a_transfer_that_was_refused_makes_room_while_a_lane_still_fills_it() -> None:
+    """The peer frees its place when it reads the RESULT, and may open the next at once."""
+    engine = make()
+    for tid in (1, 2, 3):
+        engine.receive(m.Open(tid, m.MESSAGE, 100, 0, "", {}))
+        engine.accept(tid, window=100)
+    filling = engine.place(1, 0, 50)
+    engine.refuse(1, "storage", "full")
+    engine.receive(m.Reset(2, "cancelled", ""))
+    engine.receive(m.Open(4, m.MESSAGE, 100, 0, "", {}))
+    engine.receive(m.Open(5, m.MESSAGE, 100, 0, "", {}))
+    with pytest.raises(ProtocolError, match="more than 3"):
+        engine.receive(m.Open(6, m.MESSAGE, 100, 0, "", {}))
+    engine.placed(filling, intact=True, now=0.0)
+    with pytest.raises(ProtocolError, match="more than 3"):
+        engine.receive(m.Open(6, m.MESSAGE, 100, 0, "", {}))
+
+
+def test_a_flow_leaves_room_for_others() -> None:
+    engine = Engine(local=LIMITS, peer=Limits(max_chunk=100, max_open=16, initial_credit=100))
+    while engine.has_turn("greedy"):
+        engine.open(m.MESSAGE, size=1, flow="greedy")
+    opened = engine.sending
+    assert 8 <= opened < 16
+    for other in ("a", "b"):
+        assert engine.has_turn(other)
+        engine.open(m.MESSAGE, size=1, flow=other)
+    assert not engine.has_turn("greedy")
+
+
 Act = Callable[[Engine], object]
 
 

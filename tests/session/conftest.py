@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -233,6 +234,28 @@ def wrap_lanes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setattr(TcpTransport, "adopt", adopting)
 
     return install
+
+
+class _Unexpected(logging.Handler):
+    """Collects what the session itself calls unexpected: a bug of ours that some caller might not notice."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "unexpected" in record.getMessage():
+            self.found.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def nothing_unexpected() -> Iterator[None]:
+    handler = _Unexpected()
+    logger = logging.getLogger("amst")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert handler.found == []
 
 
 @pytest.fixture(autouse=True)

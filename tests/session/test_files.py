@@ -306,39 +306,6 @@ def test_a_full_disk_fails_the_file_and_leaves_nothing(
     assert pair.near.error is None and pair.far.error is None
 
 
-def test_the_next_file_may_come_while_a_lane_still_writes_the_one_that_failed(
-    net: Any, spawn: Any, here: Path, there: Path, no_leftovers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The peer was told that it failed and takes its place as free."""
-    from amst_core.files.sink import FileSink
-
-    (here / "big").write_bytes(os.urandom(2 * MIB))
-    (here / "small").write_bytes(b"small")
-    writing, go_on = threading.Event(), threading.Event()
-    write = FileSink.write
-
-    def failing(sink: FileSink, offset: int, view: memoryview) -> None:
-        if "big" in sink._shown:
-            if offset:
-                assert writing.wait(20)
-                raise StorageError("no space left")
-            writing.set()
-            assert go_on.wait(20)
-        write(sink, offset, view)
-
-    monkeypatch.setattr(FileSink, "write", failing)
-    pair = net.pair(streams=3, root=there, server={"limits__open_transfers": 1})
-    try:
-        with pytest.raises(StorageError):
-            pair.near.send_file(here / "big", "big")
-        pair.near.send_file(here / "small", "small")
-    finally:
-        go_on.set()
-    assert (there / "small").read_bytes() == b"small"
-    no_leftovers()
-    assert os.listdir(there) == ["small"]
-
-
 class Held:
     """Makes every read of a file's content wait, once some of it has been read."""
 

@@ -416,6 +416,33 @@ def test_streams_are_added_and_removed_under_load_by_both_sides(net: Any, spawn:
         assert metrics.total_streams == 4 + 4 + 4 + 4
 
 
+def test_fewer_streams_than_are_still_coming(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`connect` returns with the first one; what was asked for then and comes later is not wanted any more."""
+    from amst_tcp.transport import TcpTransport
+
+    go_on, first = threading.Event(), threading.Lock()
+    opening = TcpTransport.connect
+
+    def late(self: TcpTransport, *args: Any) -> Lane:
+        if not first.acquire(blocking=False):
+            assert go_on.wait(20)
+        return opening(self, *args)
+
+    monkeypatch.setattr(TcpTransport, "connect", late)
+    server = net.server()
+    near = net.connect(server, streams=8, wait=False)
+    assert near.metrics().active_streams == 1
+    try:
+        assert near.adjust_streams(1) == 1
+    finally:
+        go_on.set()
+    net.wait_until(lambda: near.metrics().total_streams == 8, "all of them to have come")
+    net.wait_until(lambda: near.metrics().active_streams == 1, "the others to leave")
+    near.send(b"x").wait(20)
+    assert near.adjust_streams(3) == 3
+    assert near.metrics().lane_failures == 0
+
+
 def test_the_same_number_again_changes_nothing(net: Any) -> None:
     pair = net.pair(streams=2)
     assert pair.near.adjust_streams(2) == pair.far.adjust_streams(2) == 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from amst_core.errors import AmstError, ClosedError, DeadlineError
+from amst_core.errors import AmstError, BrokenError, ClosedError, DeadlineError, IntegrityError, ProtocolError
 
 pytestmark = pytest.mark.needs_transport
 
@@ -208,6 +208,15 @@ def test_the_peer_is_told_of_an_abort(net: Any) -> None:
         pair.near.abort()
         assert pair.far.wait_closed(10)
         assert isinstance(pair.far.error, ClosedError), repr(pair.far.error)
+
+
+@pytest.mark.parametrize("error", [BrokenError, IntegrityError, ProtocolError])
+def test_the_peer_is_told_why(net: Any, error: type[AmstError]) -> None:
+    pair = net.pair(streams=4)
+    pair.near.core.fail(error("because"))
+    assert pair.far.wait_closed(10)
+    assert type(pair.far.error) is error
+    assert "because" in str(pair.far.error)
 
 
 def test_after_the_end_every_call_says_so(net: Any, tmp_path: Path) -> None:
