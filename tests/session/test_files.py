@@ -19,6 +19,7 @@ from amst_core.errors import (
     ClosedError,
     NotFoundError,
     RefusedError,
+    SourceChangedError,
     StorageError,
 )
 from amst_core.files.entries import Entry, EntryType, to_attributes
@@ -423,20 +424,22 @@ def test_a_failed_download_is_in_the_result_however_late_it_is_noticed(
     """The peer's reply arrives before this side has dealt with the failure of an entry."""
     from amst_core.session.endpoints import TreeEntrySink
 
-    (there / "tree").mkdir()
-    (there / "tree" / "file").write_bytes(b"x")
-    os.mkfifo(there / "tree" / "fifo")
+    (there / "file").write_bytes(b"x")
     abort = TreeEntrySink.abort
+
+    def changed(source: FileSource) -> None:
+        raise SourceChangedError("it changed")
 
     def slow(sink: TreeEntrySink, reason: AmstError) -> None:
         threading.Event().wait(0.2)
         abort(sink, reason)
 
+    monkeypatch.setattr(FileSource, "verify", changed)
     monkeypatch.setattr(TreeEntrySink, "abort", slow)
     pair = net.pair(root=there)
-    result = download(pair.near, [(b"tree", here / "copy")])
-    assert [(f.kind, os.path.basename(f.path)) for f in result.failed] == [("refused", "fifo")]
-    assert (here / "copy" / "file").read_bytes() == b"x"
+    with pytest.raises(SourceChangedError):
+        pair.near.recv_file("file", here / "copy")
+    assert os.listdir(here) == []
 
 
 def test_what_is_neither_file_nor_directory_nor_link_is_refused(net: Any, here: Path, there: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from amst_core.errors import AmstError, BrokenError, IntegrityError, UsageError
 from amst_core.interfaces import Lane
-from amst_core.wire.frames import FrameKind
+from amst_core.wire.frames import FrameHeader, FrameKind
 
 pytestmark = pytest.mark.needs_transport
 
@@ -327,36 +327,90 @@ def test_a_chunk_that_comes_twice_is_received_once(
     assert pair.far.core.engine.bytes_verified == len(payload) + sum(len(b"%d" % i) for i in range(20))
 
 
+@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
 def test_a_copy_that_was_dropped_is_asked_for_when_the_first_one_fails(
-    net: Any, wrap_lanes: Any, wrapped_lane: Any, payload: bytes
+    net: Any, wrap_lanes: Any, wrapped_lane: Any, payload: bytes, plaintext: bool
 ) -> None:
-    half_sent, copied, aborted = threading.Event(), threading.Event(), threading.Event()
-    chunk: list[tuple[bytes, bytes]] = []
+    """A chunk is sent again on a second lane while the receiver still waits for the rest of it on the first."""
+    stalled: list[bytes] = []  # the header of that chunk
+    copied, over = threading.Event(), threading.Event()
+    opened: list[Lane] = []
 
     class HalfLane(wrapped_lane):  # type: ignore[misc]
         def send_frame(self, header: bytes, payload: memoryview) -> None:
-            if header[1] == DATA and not chunk:
-                chunk.append((header, bytes(payload)))
+            if header[1] == DATA and not stalled:
+                stalled.append(header)
                 self.inner.write([memoryview(header), payload[: len(payload) // 2]])
-                half_sent.set()
-                assert copied.wait(20)
-                self.inner.abort()
-                aborted.set()
-                raise BrokenError("the path broke")
-            if header[1] == DATA:
-                assert half_sent.wait(20)
-                if not copied.is_set():
-                    super().send_frame(chunk[0][0], memoryview(chunk[0][1]))
-                    copied.set()
-                    assert aborted.wait(20)
+                opened.append(self.inner)
+                raise BrokenError("this side gives the lane up")
             super().send_frame(header, payload)
 
-    wrap_lanes(near=HalfLane)
-    pair = net.pair(streams=2, plaintext=True)
-    ticket = pair.near.send(payload)
-    assert pair.far.recv(timeout=20) == payload
-    ticket.wait(20)
-    assert copied.is_set()
+        def abort(self) -> None:
+            if self.inner not in opened or over.is_set():
+                super().abort()
+
+    class FarLane(wrapped_lane):  # type: ignore[misc]
+        last = b""
+
+        def recv_frame(self, place: Any) -> bytes | None:
+            if stalled and self.last[8:28] == stalled[0][8:28]:
+                copied.set()  # the copy has been dealt with
+            self.last = super().recv_frame(place) or b""
+            return self.last or None
+
+        def abort(self) -> None:
+            if stalled:
+                copied.wait(5)
+            super().abort()
+
+    wrap_lanes(near=HalfLane, far=FarLane)
+    pair = net.pair(streams=2, plaintext=plaintext)
+    try:
+        ticket = pair.near.send(payload)
+        assert pair.far.recv(timeout=20) == payload
+        ticket.wait(20)
+        assert copied.is_set()
+    finally:
+        over.set()
+        for lane in opened:
+            lane.abort()
+
+
+def test_a_peer_that_pings_without_taking_the_answers_loses_the_lane(
+    net: Any, wrap_lanes: Any, wrapped_lane: Any
+) -> None:
+    go_on = threading.Event()
+
+    class MuteLane(wrapped_lane):  # type: ignore[misc]
+        def send_frame(self, header: bytes, payload: memoryview) -> None:
+            if header[1] == int(FrameKind.PONG):
+                assert go_on.wait(20)
+            super().send_frame(header, payload)
+
+        def abort(self) -> None:
+            go_on.set()
+            super().abort()
+
+    wrap_lanes(near=MuteLane)
+    pair = net.pair(streams=2)
+    worker = next(iter(pair.far.core.lanes.values()))
+    with pair.far.core.lock:
+        for i in range(3000):
+            worker.send_frame_locked(FrameHeader(FrameKind.PING, offset=i))
+    net.wait_until(lambda: len(pair.near.core.lanes) == 1, "the lane to be dropped")
+    assert pair.near.error is None
+    pair.near.send(b"on the other").wait(20)
+
+
+def test_answers_that_nobody_asked_for_are_forgotten(net: Any) -> None:
+    pair = net.pair(streams=1)
+    (near,) = pair.near.core.lanes.values()
+    (far,) = pair.far.core.lanes.values()
+    with pair.far.core.lock:
+        for i in range(100):
+            far.send_frame_locked(FrameHeader(FrameKind.PONG, offset=i))
+    assert pair.near.health_check().healthy  # behind all of them
+    assert near.pings == {}
 
 
 # ---- adjusting -------------------------------------------------------------------------------------
