@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -96,7 +97,7 @@ class Server:
         self._by_tag: dict[int, Transport] = {}
         for tag, (name, transport) in enumerate(self._transports.items(), 1):
             self._by_tag[tag] = transport
-            self._advertised[name] = transport.advertise(tag, lambda lane, t=transport: self._admit(lane, t))  # type: ignore[misc]
+            self._advertised[name] = transport.advertise(tag, partial(self._admit, transport=transport))
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self._admitting = 0  # handshakes that count towards limits.sessions

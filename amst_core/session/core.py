@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ..buffers import Block, BufferPool
@@ -525,7 +526,7 @@ class SessionCore:
                             sink.finish(total)  # the inbox confirms it
                             self.room.notify_all()
                         else:
-                            work.slow.append(lambda t=transfer, s=sink, n=total: self._finish(t, s, n))  # type: ignore[misc]
+                            work.slow.append(partial(self._finish, transfer, sink, total))
                     case TransferDropped(transfer, kind, message):
                         self.room.notify_all()
                         dropped = self._sinks.pop(transfer, None)
@@ -533,23 +534,23 @@ class SessionCore:
                         if dropped is not None and self.inbox.owns(dropped):
                             dropped.abort(reason)
                         elif dropped is not None:
-                            work.slow.append(lambda s=dropped, r=reason: s.abort(r))  # type: ignore[misc]
+                            work.slow.append(partial(dropped.abort, reason))
                     case SourceDrained(transfer):
                         if isinstance(self._outgoing[transfer].source, MemorySource):
                             self.engine.end(transfer)  # nobody changes it meanwhile
                             continue
-                        work.slow.append(lambda t=transfer: self._drained(t))  # type: ignore[misc]
+                        work.slow.append(partial(self._drained, transfer))
                     case Progress(transfer, acknowledged):
                         out = self._outgoing.get(transfer)
                         if out is not None and out.ticket.on_progress is not None:
-                            work.quick.append(lambda o=out, n=acknowledged: o.ticket.advance(n))  # type: ignore[misc]
+                            work.quick.append(partial(out.ticket.advance, acknowledged))
                     case TransferDone(transfer, kind, message):
                         done = self._outgoing.pop(transfer)
                         self.last_done_at = time.monotonic()
                         self.room.notify_all()
                         # closing a file may wait for its disk, and nobody waits for that
                         where = work.quick if isinstance(done.source, MemorySource) else work.slow
-                        where.append(lambda o=done, k=kind, m=message: self._done(o, k, m))  # type: ignore[misc]
+                        where.append(partial(self._done, done, kind, message))
         return work
 
     def _offered_locked(self, opened: Open) -> None:

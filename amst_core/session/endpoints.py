@@ -27,7 +27,7 @@ class Source(ABC):
         Raises:
             AmstError: they cannot be read, or the source has changed.
         """
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} has its bytes in memory")
 
     def verify(self) -> None:
         """Raise `SourceChangedError` when what was read so far may be a mix of two states."""
@@ -81,7 +81,7 @@ class Sink(ABC):
         Raises:
             AmstError: they cannot be kept; the transfer fails, the lane goes on.
         """
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} has its bytes in memory")
 
     @abstractmethod
     def finish(self, total: int) -> None:
