@@ -542,8 +542,10 @@ class SessionCore:
                         work.slow.append(partial(self._drained, transfer))
                     case Progress(transfer, acknowledged):
                         out = self._outgoing.get(transfer)
-                        if out is not None and out.ticket.on_progress is not None:
-                            work.quick.append(partial(out.ticket.advance, acknowledged))
+                        if out is not None:
+                            out.ticket.record(acknowledged)
+                            if out.ticket.on_progress is not None:
+                                work.quick.append(partial(out.ticket.report, acknowledged))
                     case TransferDone(transfer, kind, message):
                         done = self._outgoing.pop(transfer)
                         self.last_done_at = time.monotonic()

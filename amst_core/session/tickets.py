@@ -73,8 +73,12 @@ class Ticket:
 
     # ---- for the session --------------------------------------------------------------------
 
-    def advance(self, acknowledged: int) -> None:
+    def record(self, acknowledged: int) -> None:
+        """The peer holds so many bytes (quick; the session's lock held)."""
         self._acknowledged = acknowledged
+
+    def report(self, acknowledged: int) -> None:
+        """Tell the application so (no lock held)."""
         if self.on_progress is not None and not self._done.is_set():
             _call(self.on_progress, acknowledged, self.size)
 

@@ -566,3 +566,16 @@ def _settled(net: Any, value: Any, for_s: float = 0.3) -> None:
         now = value()
         if now != last:
             last, since = now, time.monotonic()
+
+
+def test_a_ticket_says_how_much_the_peer_holds(net: Any) -> None:
+    """Without a progress callback too: the second message gets only the credit of its OPEN."""
+    pair = net.pair()
+    first, second = (pair.near.send(bytes(33 * MIB)) for _ in range(2))
+    first.wait(30)
+    net.wait_until(lambda: second.acknowledged == 64 << 10, "the credit of OPEN to be used up")
+    with pytest.raises(DeadlineError, match="65536 of 34603008 bytes"):
+        second.wait(0.01)
+    assert len(pair.far.recv(timeout=20)) == 33 * MIB
+    second.wait(30)
+    assert second.acknowledged == second.size
