@@ -13,17 +13,23 @@ from .errors import AmstError
 if TYPE_CHECKING:
     from .api.client import connect
     from .api.server import Server, listen
+    from .session.pipes import PipeReader, PipeWriter
     from .session.session import Session
     from .session.tickets import Ticket
     from .settings.load import load_settings
     from .settings.values import Settings
 
-__all__ = ["AmstError", "Server", "Session", "Settings", "Ticket", "connect", "listen", "load_settings"]
+__all__ = [
+    "AmstError", "PipeReader", "PipeWriter", "Server", "Session", "Settings", "Ticket", "connect", "listen",
+    "load_settings",
+]  # fmt: skip
 
 _HOMES = {
     "Server": "api.server",
     "connect": "api.client",
     "listen": "api.server",
+    "PipeReader": "session.pipes",
+    "PipeWriter": "session.pipes",
     "Session": "session.session",
     "Ticket": "session.tickets",
     "load_settings": "settings.load",

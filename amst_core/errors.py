@@ -20,6 +20,7 @@ class AmstError(Exception):
         stream: the id of the lane it happened on, when it happened on one.
         path: the file it concerns, when it concerns one.
         partial: what had been done before it, when a copy was cut short (a ``CopyResult``).
+        delivery: which transfers the peer has, may have and has not, when a session was lost (a ``Delivery``).
     The cause, when there is one, is ``__cause__``.
     """
 
@@ -41,6 +42,7 @@ class AmstError(Exception):
         self.stream = stream
         self.path = path
         self.partial: object = None
+        self.delivery: object = None
         self.retryable = self.default_retryable if retryable is None else retryable
 
     def __str__(self) -> str:
@@ -163,8 +165,16 @@ _BY_KIND: dict[str, type[AmstError]] = {
 
 
 def error_from_kind(kind: str, message: str, *, peer: str | None = None, path: str | None = None) -> AmstError:
-    """Rebuild the error a peer reported by its ``kind``; an unknown kind gives a plain `AmstError`."""
-    return _BY_KIND.get(kind, AmstError)(message, peer=peer, path=path)
+    """Rebuild the error a peer reported by its ``kind``; an unknown kind gives a plain `AmstError`.
+
+    Its words are a peer's too: they come out as `printable`.
+    """
+    return _BY_KIND.get(kind, AmstError)(printable(message), peer=peer, path=path)
+
+
+def printable(text: str) -> str:
+    r"""``text`` in one line that no terminal takes for a command: what cannot be printed as ``\xNN``, ``\n``..."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 _NOT_FOUND = frozenset({errno.ENOENT})

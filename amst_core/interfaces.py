@@ -101,6 +101,9 @@ class PathStats:
     """What a lane knows about its path. None means unknown, which is not zero.
 
     Times in seconds, rates in bytes/s, ``cwnd`` in bytes; counters are totals since the lane opened.
+    ``bytes_acknowledged`` and ``bytes_received`` tell progress inside a frame, ``bytes_waiting`` what is on its way
+    and not acknowledged by the peer's end of the transport (not by the peer's program), without what the peer has no
+    room for now: by these three the core tells a dead path from a peer that is busy.
     """
 
     rtt_s: float | None = None
@@ -112,6 +115,9 @@ class PathStats:
     segments_sent: int | None = None
     segments_retransmitted: int | None = None
     bytes_retransmitted: int | None = None
+    bytes_acknowledged: int | None = None
+    bytes_received: int | None = None
+    bytes_waiting: int | None = None
     mss: int | None = None
     congestion: str | None = None
 
@@ -195,6 +201,8 @@ class Lane(ABC):
     def send_frame(self, header: bytes, payload: memoryview) -> None:
         """Send ``header`` (`HEADER_SIZE` bytes) and ``payload`` whole, blocking while the path is full.
 
+        Once it has returned, the payload's memory may be used for something else.
+
         Raises:
             ClosedError: this side closed or aborted the lane.
             BrokenError: the peer or the path is gone, or nothing moved for the write timeout.
@@ -213,11 +221,14 @@ class Lane(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let what was sent reach the peer, then close. Idempotent, returns at once."""
+        """Let what was sent reach the peer, then close. Idempotent, returns at once, wakes a blocked receiver."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Drop everything now and wake blocked threads. Idempotent, never blocks, never raises."""
+        """Drop everything now and wake blocked threads. Idempotent, never blocks, never raises.
+
+        The peer gets `BrokenError`, never a clean end.
+        """
 
     def path_stats(self) -> PathStats:
         """Statistics of the path, cheap enough for ten calls a second; never raises."""
@@ -306,7 +317,9 @@ class Transport(ABC):
         """Make this side reachable and say how.
 
         A transport with a listener of its own starts it now and hands each new lane to ``deliver`` (any
-        thread). One that lives on the core's TCP listener only answers; its lanes come through `adopt`.
+        thread). ``deliver`` lets the lane prove itself: it may take as long as a handshake, in which other
+        lanes must not wait, and it may raise, which costs that lane only (it is aborted by then). A transport that
+        lives on the core's TCP listener only answers; its lanes come through `adopt`.
         """
 
     @abstractmethod

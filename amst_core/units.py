@@ -14,7 +14,7 @@ from .errors import UsageError
 
 SIZE_FORMS: Final = "a whole number of bytes, or a number with k, M, G, T, kB, MB, GB, TB, KiB, MiB, GiB or TiB"
 RATE_FORMS: Final = "bytes per second with a unit as for sizes (10MiB/s, 100M), or bits per second (100Mbit/s)"
-DURATION_FORMS: Final = "a number of seconds, or a number with ms, s, m, min or h"
+DURATION_FORMS: Final = "a number of seconds, or a number with ms, s, m, min, h or d"
 
 _LIMIT: Final = 2**63 - 1
 _LONGEST_TEXT: Final = 64
@@ -24,10 +24,13 @@ _NUMBER: Final = r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*"
 _PREFIX: Final = r"(?:(?P<prefix>[kKMGT])(?P<binary>i(?=B|bit))?)?"
 _SIZE: Final = re.compile(_NUMBER + _PREFIX + "B?")
 _RATE: Final = re.compile(_NUMBER + _PREFIX + "(?P<unit>B|bit)?(?:/s)?")
-_DURATION: Final = re.compile(_NUMBER + r"(?P<unit>ms|s|min|m|h)?")
+_DURATION: Final = re.compile(_NUMBER + r"(?P<unit>ms|s|min|m|h|d)?")
 
 _POWERS: Final = {"k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
-_SECONDS: Final = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "min": Decimal(60), "h": Decimal(3600)}
+_SECONDS: Final = {
+    "ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "min": Decimal(60), "h": Decimal(3600),
+    "d": Decimal(86400),
+}  # fmt: skip
 
 
 def parse_size(value: str | int) -> int:
@@ -90,7 +93,12 @@ def format_rate(rate_bytes_per_s: float) -> str:
 
 
 def format_duration(duration_s: float) -> str:
-    """Write seconds as whole hours or (from two on) minutes where exact, else as s or ms with at most two decimals."""
+    """Write seconds as whole days, hours or minutes where exact, else as s or ms with at most two decimals.
+
+    Days and minutes from two on: a day is 24h, a minute 60s.
+    """
+    if duration_s >= 2 * 86400 and duration_s % 86400 == 0:
+        return f"{duration_s / 86400:.0f}d"
     if duration_s and duration_s % 3600 == 0:
         return f"{duration_s / 3600:.0f}h"
     if duration_s >= 120 and duration_s % 60 == 0:

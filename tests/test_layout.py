@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,14 +19,15 @@ PACKAGE = Path(amst_core.errors.__file__).parent
 FACADE = "amst_core"
 
 LAYERS = (
-    ("errors", "interfaces", "hookspecs", "units", "endpoint"),
+    ("errors", "interfaces", "hookspecs", "units", "endpoint", "process"),
     ("wire",),
     ("engine",),
-    ("control", "files", "security", "settings", "plugins", "buffers"),
+    ("control", "files", "security", "settings", "plugins", "buffers", "memory"),
     ("session",),
     ("api",),
+    ("aio",),
     (FACADE,),
-    ("cli", "__main__"),
+    ("cli", "__main__", "testing"),
 )
 """From the bottom up. A module or package of amst_core imports from its own row or from those before it."""
 
@@ -118,6 +120,11 @@ def test_only_the_plugin_module_touches_the_plugin_libraries(library):
     assert users == MAY_IMPORT[library]
 
 
+def test_nothing_that_runs_needs_what_is_for_tests() -> None:
+    users = {importer for importer, imported, _ in edges() if imported == "testing"}
+    assert not users, f"{', '.join(sorted(users))} import amst_core.testing"
+
+
 def test_the_core_imports_no_plugin_distribution():
     offenders = sorted(
         f"amst_core/{path.relative_to(PACKAGE)} imports {'.'.join(name)}"
@@ -143,3 +150,12 @@ def test_importing_the_package_loads_no_heavy_library(module):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_only_the_monotonic_clock_drives_timers() -> None:
+    """What is set by people or by NTP may jump; ages and times of files are what is told by it."""
+    allowed = {"partial.py", "redirect.py"}
+    for path in sources():
+        if path.name not in allowed:
+            found = re.search(r"\btime\.time(_ns)?\(|\bdatetime\.now", path.read_text())
+            assert not found, f"{path} looks at the wall clock"

@@ -84,7 +84,8 @@ def test_what_is_no_rate_is_refused_with_the_forms(bad: object) -> None:
 
 @pytest.mark.parametrize(
     ("text", "duration"),
-    [("30s", 30.0), ("1m", 60.0), ("2min", 120.0), ("500ms", 0.5), ("1.5h", 5400.0), ("7", 7.0), ("0.25", 0.25),
+    [("30s", 30.0), ("1m", 60.0), ("2min", 120.0), ("500ms", 0.5), ("1.5h", 5400.0), ("7d", 604800.0), ("7", 7.0),
+     ("0.25", 0.25),
      (" 3 s", 3.0), ("0", 0.0), (45, 45.0), (0.1, 0.1)],
 )  # fmt: skip
 def test_durations_are_read(text: str | int | float, duration: float) -> None:
@@ -94,7 +95,7 @@ def test_durations_are_read(text: str | int | float, duration: float) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    ["", "soon", "1d", "1M", "1S", "5 m s", "1m30s", "-1s", "nan", "inf", float("nan"), float("inf"), -1, 10**400,
+    ["", "soon", "1D", "1M", "1S", "5 m s", "1m30s", "-1s", "nan", "inf", float("nan"), float("inf"), -1, 10**400,
      False, "9223372036854775808", "2562047788015216h"],
 )  # fmt: skip
 def test_what_is_no_duration_is_refused_with_the_forms(bad: object) -> None:
@@ -114,6 +115,7 @@ def test_values_are_written_for_people() -> None:
     assert [format_duration(s) for s in (0, 0.5, 1, 1.25, 60, 90, 120, 300, 3600, 5400, 3725.126)] == [
         "0s", "500ms", "1s", "1.25s", "60s", "90s", "2m", "5m", "1h", "90m", "3725.13s",
     ]  # fmt: skip
+    assert [format_duration(s) for s in (86400, 90000, 172800, 604800)] == ["24h", "25h", "2d", "7d"]
 
 
 @given(st.integers(0, 2**60))

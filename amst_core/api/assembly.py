@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from ..control.handshake import Terms
 from ..engine import Limits
+from ..files.journal import Fsync
+from ..files.partial import PartialPolicy
 from ..interfaces import Advertisement, LaneTimeouts
+from ..memory import MemoryBudget, MemoryShare
 from ..session.core import SessionCore
+from ..session.session import SessionLimits
 from ..settings.values import Settings
 
-MAX_INITIAL_CREDIT: Final = 64 << 10
-"""Credit that comes with each OPEN: a message or file of this size needs no round trip for it."""
 
-
-def own_terms(settings: Settings, advertised: tuple[Advertisement, ...] = ()) -> Terms:
-    """What this side offers: its limits, and how it can be reached."""
-    limits = settings.limits
-    # messages not granted yet may fill this much each, so all of them together must stay a small part
-    initial_credit = max(1024, min(MAX_INITIAL_CREDIT, limits.memory // 8 // limits.open_transfers))
-    return Terms(
-        max_chunk=max(settings.transport.amst.chunk_size, 1 << 20),
+def make_budget(settings: Settings, *, sessions: int = 1) -> MemoryBudget:
+    """The memory of a side that has at most so many sessions at once."""
+    return MemoryBudget(
+        settings.limits.memory,
+        max_message=settings.limits.max_message,
         max_open=settings.limits.open_transfers,
-        initial_credit=initial_credit,
-        transports=advertised,
+        chunk_size=settings.transport.amst.chunk_size,
+        sessions=sessions,
     )
 
 
-def make_core(settings: Settings, peer_terms: Terms, *, peer: str, is_opener: bool) -> SessionCore:
-    own = own_terms(settings)
+def own_terms(memory: MemoryShare, advertised: tuple[Advertisement, ...] = ()) -> Terms:
+    """What this side offers: what it has memory for, and how it can be reached."""
+    return Terms(memory.max_chunk, memory.max_open, memory.initial_credit, advertised)
+
+
+def make_core(
+    settings: Settings, memory: MemoryShare, peer_terms: Terms, *, peer: str, is_opener: bool
+) -> SessionCore:
+    """The core of a session, which closes ``memory`` when it ends."""
     return SessionCore(
         peer=peer,
         is_opener=is_opener,
-        local=Limits(own.max_chunk, own.max_open, own.initial_credit),
-        remote=Limits(peer_terms.max_chunk, peer_terms.max_open, peer_terms.initial_credit),
-        memory=settings.limits.memory,
+        local=Limits(memory.max_chunk, memory.max_open, memory.initial_credit),
+        remote=peer_limits(peer_terms),
+        memory=memory,
         max_message=settings.limits.max_message,
         chunk_size=settings.transport.amst.chunk_size,
         park_timeout_s=settings.limits.handshake_timeout,
+        session_timeout_s=settings.limits.session_timeout,
+        fsync=Fsync(settings.files.fsync),
     )
+
+
+def peer_limits(terms: Terms) -> Limits:
+    """What the peer takes; raises `ProtocolError` when that makes no sense."""
+    return Limits(terms.max_chunk, terms.max_open, terms.initial_credit)
+
+
+def session_limits(settings: Settings) -> SessionLimits:
+    amst = settings.transport.amst
+    return SessionLimits(
+        max_message=settings.limits.max_message,
+        max_streams=amst.max_streams,
+        timeout_s=settings.limits.session_timeout,
+        check_interval_s=amst.health_check_interval,
+        stuck_s=amst.read_timeout,
+        partials=partial_policy(settings),
+    )
+
+
+def partial_policy(settings: Settings) -> PartialPolicy:
+    return PartialPolicy(keep_s=settings.files.keep_partial)
 
 
 def lane_timeouts(settings: Settings) -> LaneTimeouts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from functools import partial
 
 from ..control import handshake
 from ..control.channel import ControlChannel
@@ -20,8 +21,10 @@ from ..session.session import Session
 from ..settings.load import load_settings
 from ..settings.values import Settings
 from ..wire.messages import LaneRequest
-from .assembly import lane_timeouts, make_core, own_terms
+from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_policy, peer_limits, session_limits
+from .attempt import Attempt
 from .choice import TransportChoice
+from .redial import Redialer
 
 
 def connect(
@@ -34,6 +37,8 @@ def connect(
     require: str | None = None,
     plaintext: bool | None = None,
     root: str | os.PathLike[str] | None = None,
+    plugins: Plugins | None = None,
+    attempt: Attempt | None = None,
 ) -> Session:
     """Open a session with the server at ``address`` (``amst://HOST:PORT`` or ``HOST:PORT``).
 
@@ -45,6 +50,8 @@ def connect(
         require: the one that must run.
         plaintext: whether data travels unencrypted (checked by CRC-32C); the server must allow it.
         root: a directory that the server may read and write, as the server's own root is for this side.
+        plugins: where transports come from; by default the installed ones.
+        attempt: lets another thread give it up.
 
     Raises:
         UsageError: the address, the number of streams or the transport's name makes no sense.
@@ -52,7 +59,36 @@ def connect(
         AuthError: there is no token, or the server does not accept it.
         UnavailableError: ``require`` cannot be met.
         PluginError: no transport is installed.
+        CancelledError: ``attempt`` was given up.
     """
+    with attempt or Attempt() as attempt:
+        return _open(
+            address,
+            settings=settings,
+            token=token,
+            streams=streams,
+            transport=transport,
+            require=require,
+            plaintext=plaintext,
+            root=root,
+            plugins=plugins or Plugins(),
+            attempt=attempt,
+        )
+
+
+def _open(
+    address: str,
+    *,
+    settings: Settings | None,
+    token: bytes | None,
+    streams: int | None,
+    transport: str | None,
+    require: str | None,
+    plaintext: bool | None,
+    root: str | os.PathLike[str] | None,
+    plugins: Plugins,
+    attempt: Attempt,
+) -> Session:
     started = time.monotonic()
     endpoint = parse_endpoint(address)
     settings = settings if settings is not None else load_settings()
@@ -64,34 +100,37 @@ def connect(
             "transport.amst.max_streams)"
         )
     wants_plaintext = settings.security.plaintext if plaintext is None else plaintext
-    choice = TransportChoice(Plugins(), settings, endpoint, preferred=transport, required=require)
+    choice = TransportChoice(plugins, settings, endpoint, preferred=transport, required=require)
     token = token if token is not None else find_token()
     if token is None:
         raise AuthError(
             f"no token for {endpoint}: set AMST_TOKEN, name a file with --token-file, or share the server's "
             "state directory (AMST_STATE_DIR)"
         )
-    files = Root(root) if root is not None else None
+    files = Root(root, partials=partial_policy(settings)) if root is not None else None
     deadline = started + amst.connect_timeout
 
+    redialer: Redialer | None = None
+
     def release() -> None:
+        if redialer is not None:
+            redialer.end()
         choice.close()
         if files is not None:
             files.close()
 
     try:
-        sock = _dial(endpoint, amst.connect_timeout)
+        channel = _dial(endpoint, amst.connect_timeout, attempt)
     except BaseException:
         release()
         raise
-    tls = TlsStream(client_context(), server_side=False, peer=str(endpoint))
-    channel = ControlChannel(sock, tls, peer=str(endpoint))
     try:
         wish = handshake.Wish(wants_plaintext, count, tuple(choice.order))
-        agreement = _agree(channel, token=token, wish=wish, terms=own_terms(settings), deadline=deadline)
+        memory = make_budget(settings).share()
+        agreement = _agree(channel, token=token, wish=wish, terms=own_terms(memory), deadline=deadline)
         name = choice.settle([offer.transport for offer in agreement.peer.transports])
         host, port = channel.remote_address
-        core = make_core(settings, agreement.peer, peer=str(endpoint), is_opener=True)
+        core = make_core(settings, memory, agreement.peer, peer=str(endpoint), is_opener=True)
     except BaseException:
         channel.close()
         release()
@@ -100,14 +139,16 @@ def connect(
         core,
         channel,
         session_id=agreement.session_id,
+        secret=agreement.secret,
         encrypted=not wants_plaintext,
         root=files,
-        max_message=settings.limits.max_message,
-        max_streams=amst.max_streams,
+        limits=session_limits(settings),
         mode=Mode.DATACENTER.value,
         on_lane_request=_lanes_wished,
         on_end=lambda _: release(),
     )
+    redialer = Redialer(session, dial=partial(_dial, endpoint), token=token, agreed=agreement)
+    session.redial_with(redialer)
     session.opener = LaneOpener(
         core,
         secret=agreement.secret,
@@ -120,12 +161,14 @@ def connect(
             lane_timeouts(settings),
         ),
         transports=choice.transports,
+        transport=name,
         asked=count,
     )
     session.wanted_transport = name
     session.transport_reason = choice.reason
     session.start()
     try:
+        attempt.may_abort(session.abort)
         session.opener.wait_first(max(0.1, deadline - time.monotonic()))
     except BaseException as err:
         session.abort()
@@ -137,17 +180,33 @@ def connect(
     return session
 
 
-def _dial(endpoint: Endpoint, timeout_s: float) -> socket.socket:
-    """A TCP connection to the control listener, trying each address of the name in turn."""
+def _dial(endpoint: Endpoint, timeout_s: float, attempt: Attempt | None = None) -> ControlChannel:
+    """A connection to the control listener, trying each address of the name in turn; TLS has not begun."""
+    failures: list[OSError] = []
     try:
-        return socket.create_connection((endpoint.host, endpoint.port), timeout_s, all_errors=True)
+        addresses = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     except socket.gaierror as err:
         raise ConnectError(f"cannot find {endpoint.host}: {err.strerror}", peer=str(endpoint), retryable=False) from err
-    except ExceptionGroup as group:
-        reasons = "; ".join(sorted({str(err) for err in group.exceptions}))
-        raise ConnectError(f"cannot connect to {endpoint}: {reasons}", peer=str(endpoint)) from group
-    except OSError as err:
-        raise ConnectError(f"cannot connect to {endpoint}: {err}", peer=str(endpoint)) from err
+    for family, kind, protocol, _, address in addresses:
+        sock = None
+        try:
+            sock = socket.socket(family, kind, protocol)
+            sock.settimeout(timeout_s)
+            if attempt is not None:
+                attempt.may_shut(sock)
+            sock.connect(address)
+            tls = TlsStream(client_context(), server_side=False, peer=str(endpoint))
+            return ControlChannel(sock, tls, peer=str(endpoint))
+        except BaseException as err:
+            if sock is not None:
+                sock.close()
+            if not isinstance(err, OSError):
+                raise
+            failures.append(err)
+    reasons = "; ".join(sorted({str(err) for err in failures}))
+    refused = bool(failures) and all(isinstance(err, ConnectionRefusedError) for err in failures)
+    cause = failures[0] if refused else OSError(reasons)
+    raise ConnectError(f"cannot connect to {endpoint}: {reasons}", peer=str(endpoint)) from cause
 
 
 def _agree(
@@ -155,7 +214,9 @@ def _agree(
 ) -> handshake.Agreement:
     """`handshake.connect`, where whatever is no AMST server is a `ConnectError`."""
     try:
-        return handshake.connect(channel, token=token, wish=wish, terms=terms, deadline=deadline)
+        agreement = handshake.connect(channel, token=token, wish=wish, terms=terms, deadline=deadline)
+        peer_limits(agreement.peer)  # raises if they make no sense
+        return agreement
     except DeadlineError:
         raise
     except (BrokenError, ProtocolError) as err:

@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +16,14 @@ from typing import Final, Self
 
 from ..control import handshake
 from ..control.channel import ControlChannel
-from ..control.listener import Listener
+from ..control.listener import Listener, Newcomer
 from ..endpoint import DEFAULT_PORT, parse_endpoint
 from ..errors import AmstError, AuthError, BusyError, ClosedError, DeadlineError, ProtocolError
 from ..files.root import Root
 from ..interfaces import Advertisement, Endpoint, Lane, Mode, Transport
+from ..memory import MemoryShare
 from ..plugins import Plugins
+from ..process import Foreign, own
 from ..security.identity import ServerIdentity, state_dir
 from ..security.tls import TlsStream, server_context
 from ..session.admission import LaneIdentity, challenge, protection_for
@@ -30,7 +31,7 @@ from ..session.session import Session
 from ..settings.load import load_settings
 from ..settings.values import Settings
 from ..wire.messages import LaneGrant
-from .assembly import lane_timeouts, make_core, own_terms
+from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_policy, session_limits
 from .choice import usable_transports
 
 _log = logging.getLogger("amst.api")
@@ -49,6 +50,7 @@ def listen(
     settings: Settings | None = None,
     state_dir: str | os.PathLike[str] | None = None,
     on_session: Callable[[Session], None] | None = None,
+    plugins: Plugins | None = None,
 ) -> Server:
     """Accept sessions at ``address``.
 
@@ -57,6 +59,7 @@ def listen(
         state_dir: where token, key and certificate are kept, made when missing; by default
             ``AMST_STATE_DIR``, else ``~/.local/state/amst``.
         on_session: called with each new session on a thread of its own; without it use `Server.accept`.
+        plugins: where transports come from; by default the installed ones.
 
     Raises:
         ConnectError: the address cannot be listened on.
@@ -68,6 +71,7 @@ def listen(
         settings=settings if settings is not None else load_settings(),
         state=Path(state_dir) if state_dir is not None else None,
         on_session=on_session,
+        plugins=plugins or Plugins(),
     )
 
 
@@ -82,35 +86,59 @@ class Server:
         settings: Settings,
         state: Path | None,
         on_session: Callable[[Session], None] | None,
+        plugins: Plugins,
+        deliver: Callable[[Session], None] | None = None,
     ) -> None:
+        """``deliver`` is given each new session instead of a thread or `accept`; it must return quickly."""
         self._settings = settings
         self._on_session = on_session
-        self._plugins = Plugins()
+        self._plugins = plugins
         directory = state if state is not None else state_dir(os.environ)
         identity = ServerIdentity.load_or_create(directory)
         self._identity = identity
         self._tls = server_context(identity.certificate_path, identity.key_path)
         held = directory.stat()
-        self._root = Root(root, forbidden=[(held.st_dev, held.st_ino)]) if root is not None else None
+        self._root: Root | None = None
+        if root is not None:
+            self._root = Root(root, forbidden=[(held.st_dev, held.st_ino)], partials=partial_policy(settings))
         self._transports = usable_transports(self._plugins, settings)
         self._advertised: dict[str, Advertisement] = {}
         self._by_tag: dict[int, Transport] = {}
-        for tag, (name, transport) in enumerate(self._transports.items(), 1):
-            self._by_tag[tag] = transport
-            self._advertised[name] = transport.advertise(tag, partial(self._admit, transport=transport))
         self._lock = threading.Lock()
+        self._memory = make_budget(settings, sessions=settings.limits.sessions)
         self._sessions: dict[str, Session] = {}
         self._admitting = 0  # handshakes that count towards limits.sessions
         self._grants: dict[int, _Grant] = {}
         self._incarnations = itertools.count(1)  # secret they need not be, only never the same again
         self._accepted: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
+        self._deliver = deliver or self._accepted.put
         self._closed = False
-        self._listener = Listener(
-            endpoint,
-            on_control=self._on_control,
-            on_lane=self._on_lane,
-            handshake_timeout_s=settings.limits.handshake_timeout,
-        )
+        own(self)
+        try:
+            # from here on lanes may come
+            for tag, (name, transport) in enumerate(self._transports.items(), 1):
+                self._by_tag[tag] = transport
+                self._advertised[name] = transport.advertise(tag, partial(self._admit, transport=transport))
+            self._listener = Listener(
+                endpoint,
+                on_control=self._on_control,
+                on_lane=self._on_lane,
+                handshake_timeout_s=settings.limits.handshake_timeout,
+                unauthenticated=settings.limits.unauthenticated,
+            )
+        except BaseException:
+            for transport in self._transports.values():
+                transport.close()
+            if self._root is not None:
+                self._root.close()
+            raise
+
+    def forked(self, foreign: Foreign) -> None:
+        """This is a forked child's copy: refuse to work, and leave the parent's listener alone."""
+        self._closed = True
+        self._lock = threading.Lock()  # the parent's may be held by one of its threads
+        self._sessions = {}
+        self._listener = self._accepted = foreign  # type: ignore[assignment]
 
     @property
     def address(self) -> str:
@@ -127,6 +155,11 @@ class Server:
         """The live sessions."""
         with self._lock:
             return list(self._sessions.values())
+
+    @property
+    def memory_in_use(self) -> int:
+        """Bytes of `limits.memory` in use by all sessions, what is promised to their peers included."""
+        return self._memory.in_use
 
     def accept(self, timeout: float | None = None) -> Session:
         """The next new session (only without ``on_session``).
@@ -152,16 +185,16 @@ class Server:
                 return
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Stop accepting, let what is under way finish for ``timeout_s`` seconds, then end every session.
+        """Take no new sessions, let what is under way finish for ``timeout_s`` seconds, then end every session.
 
         Raises:
-            DeadlineError: some transfers were not finished in time; says how many and with whom.
+            DeadlineError: some transfers were not finished in time; says which, how far they are, and with whom.
         """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._listener.close()
+        # it goes on to listen: lanes and control channels that break now may come back, new sessions are refused
         deadline = time.monotonic() + timeout_s
         late: list[str] = []
         sessions = self.sessions
@@ -174,6 +207,7 @@ class Server:
             except AmstError as err:
                 late.append(str(err))
                 session.abort()
+        self._listener.close()
         for session in sessions:
             session.wait_closed(5.0)
         self._accepted.put(None)
@@ -194,14 +228,15 @@ class Server:
 
     # ---- connections -----------------------------------------------------------------------------
 
-    def _on_control(self, sock: socket.socket, peer: str) -> None:
+    def _on_control(self, newcomer: Newcomer) -> None:
         """A control connection: prove, agree, begin a session."""
-        deadline = time.monotonic() + self._settings.limits.handshake_timeout
-        channel = ControlChannel(sock, TlsStream(self._tls, server_side=True, peer=peer), peer=peer)
+        peer = newcomer.peer
+        channel = ControlChannel(newcomer.sock, TlsStream(self._tls, server_side=True, peer=peer), peer=peer)
         counted = False
+        memory: MemoryShare | None = None
 
-        def admit(wish: handshake.Wish) -> None:
-            nonlocal counted
+        def admit(wish: handshake.Wish) -> handshake.Terms:
+            nonlocal counted, memory
             if wish.plaintext and not (self._settings.security.allow_plaintext or peer.startswith(LOOPBACK)):
                 raise AuthError("this server allows no plaintext from other machines (security.allow_plaintext)")
             with self._lock:
@@ -211,18 +246,27 @@ class Server:
                     raise BusyError(f"the server has its {self._settings.limits.sessions} sessions (limits.sessions)")
                 self._admitting += 1
                 counted = True
+            memory = self._memory.share()
+            return own_terms(memory, tuple(self._advertised.values()))
 
         try:
             agreement = handshake.accept(
                 channel,
                 token=self._identity.token,
                 certificate=self._identity.certificate_der,
-                terms=own_terms(self._settings, tuple(self._advertised.values())),
                 admit=admit,
-                deadline=deadline,
+                find=self._session,
+                deadline=newcomer.deadline,
             )
-            session = self._begin(channel, agreement, peer)
+            newcomer.proven()
+            if isinstance(agreement, handshake.Resumption):
+                self._go_on(channel, agreement, peer)
+                return
+            assert memory is not None, "a session that was agreed on was admitted"
+            session = self._begin(channel, agreement, memory, peer)
         except BaseException:
+            if memory is not None:
+                memory.close()
             channel.close()
             raise
         finally:
@@ -238,12 +282,23 @@ class Server:
         )
         _log.info("session %s opened by %s", session.id[:8], peer)
         if self._on_session is not None:
-            # not on this thread: its connection counts as one in its handshake, which `close` cuts
+            # not on this thread: those that serve handshakes are few
             threading.Thread(
                 target=self._serve, args=(session, self._on_session), name=f"amst-session-{peer}", daemon=True
             ).start()
         else:
-            self._accepted.put(session)
+            self._deliver(session)
+
+    def _session(self, session_id: str) -> Session | None:
+        with self._lock:
+            return self._sessions.get(session_id)
+
+    def _go_on(self, channel: ControlChannel, resumption: handshake.Resumption, peer: str) -> None:
+        session = self._session(resumption.session_id)
+        if session is None:
+            raise ClosedError("the session ended while it was taken up again")
+        session.go_on(channel, resumption.received, epoch=resumption.epoch)
+        _log.info("session %s goes on, from %s", session.id[:8], peer)
 
     def _serve(self, session: Session, on_session: Callable[[Session], None]) -> None:
         try:
@@ -255,21 +310,24 @@ class Server:
             else:
                 _log.info("session %s: on_session ended with the session: %s", session.id[:8], session.error)
 
-    def _begin(self, channel: ControlChannel, agreement: handshake.Agreement, peer: str) -> Session:
+    def _begin(
+        self, channel: ControlChannel, agreement: handshake.Agreement, memory: MemoryShare, peer: str
+    ) -> Session:
         wish = agreement.wish
-        core = make_core(self._settings, agreement.peer, peer=peer, is_opener=False)
+        core = make_core(self._settings, memory, agreement.peer, peer=peer, is_opener=False)
         session = Session(
             core,
             channel,
             session_id=agreement.session_id,
+            secret=agreement.secret,
             encrypted=not wish.plaintext,
             root=self._root,
-            max_message=self._settings.limits.max_message,
-            max_streams=self._settings.transport.amst.max_streams,
+            limits=session_limits(self._settings),
             mode=Mode.DATACENTER.value,
             on_lane_request=lambda s, request: self._grant(s, request.count, request.transport, agreement),
             on_end=self._session_ended,
         )
+        session.on_lane_lost = partial(self._grant_returned, session)
         session.wanted_transport = next((name for name in wish.transports if name in self._transports), "")
         with self._lock:
             if self._closed:
@@ -304,16 +362,27 @@ class Server:
             session.core.lanes_refused(count - granted)
         session.core.tell(LaneGrant(first, granted, transport))
 
-    def _on_lane(self, sock: socket.socket, tag: int, peer: str) -> None:
+    def _grant_returned(self, session: Session, incarnation: int) -> None:
+        """A lane was granted to ``session``, and will not come."""
+        with self._lock:
+            grant = self._grants.get(incarnation)
+            if grant is not None and grant.session is session:
+                del self._grants[incarnation]
+
+    def _on_lane(self, newcomer: Newcomer, tag: int) -> None:
         transport = self._by_tag.get(tag)
         if transport is None:
-            raise ProtocolError(f"{peer} opened a lane for transport {tag}, which was not advertised")
-        self._admit(transport.adopt(sock, lane_timeouts(self._settings)), transport)
+            raise ProtocolError(f"{newcomer.peer} opened a lane for transport {tag}, which was not advertised")
+        lane = transport.adopt(newcomer.sock, lane_timeouts(self._settings))
+        self._admit(lane, transport, newcomer)
 
-    def _admit(self, lane: Lane, transport: Transport) -> None:
+    def _admit(self, lane: Lane, transport: Transport, newcomer: Newcomer | None = None) -> None:
         """A new lane: whose is it, and was it granted?"""
         try:
-            claim = challenge(lane, timeout_s=self._settings.limits.handshake_timeout)
+            timeout_s = self._settings.limits.handshake_timeout
+            if newcomer is not None:
+                timeout_s = max(0.0, newcomer.deadline - time.monotonic())
+            claim = challenge(lane, timeout_s=timeout_s)
             with self._lock:
                 grant = self._grants.get(claim.incarnation)
             if grant is None or self._transports.get(grant.transport) is not transport:
@@ -322,6 +391,8 @@ class Server:
             with self._lock:
                 if self._grants.pop(claim.incarnation, None) is None:
                     raise AuthError(f"stream {claim.incarnation} was admitted before")
+            if newcomer is not None:
+                newcomer.proven()
             identity = LaneIdentity(grant.agreement.secret, claim.incarnation, is_opener=False)
             core = grant.session.core
             worker = identity.make_worker(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..errors import AmstError
 from . import logs
 from .locations import Remote
 from .output import Report, complain
@@ -25,8 +27,13 @@ def load_settings(options: argparse.Namespace) -> Settings:
     """
     from ..settings.load import load_settings as load
 
+    return load(files=settings_files(options), overrides=dict(options.set))
+
+
+def settings_files(options: argparse.Namespace) -> list[str]:
+    """The settings files of a command line, in their order."""
     named = os.environ.get("AMST_CONFIG")
-    return load(files=options.config or ([named] if named else []), overrides=dict(options.set))
+    return options.config or ([named] if named else [])
 
 
 @contextlib.contextmanager
@@ -39,24 +46,78 @@ def session_to(server: Remote, options: argparse.Namespace, settings: Settings, 
         UsageError: the token file cannot be read or holds no token.
         AmstError: as `amst_core.connect`.
     """
-    import amst_core
-
     from ..security.identity import find_token
 
     logs.configure(options.verbose)
+    token = find_token(options.token_file) if options.token_file is not None else None
+    with _session(server.address, options, settings, report, token=token, plaintext=options.plaintext) as session:
+        yield session
+
+
+@contextlib.contextmanager
+def session_within(root: bytes, options: argparse.Namespace, settings: Settings, report: Report) -> Iterator[Session]:
+    """A session of this process with itself, whose other end has ``root``; otherwise as `session_to`.
+
+    In plaintext, for nothing leaves this machine.
+    """
+    from ..api.loopback import private_server
+
+    logs.configure(options.verbose)
+    with (
+        private_server(root, settings=settings) as server,
+        _session(server.address, options, settings, report, token=server.token, plaintext=True) as session,
+    ):
+        try:
+            yield session
+        except BaseException:
+            for far in server.sessions:  # or it would complain of the other end, which is about to be cut off
+                with contextlib.suppress(AmstError):
+                    far.close(0.0)
+            raise
+
+
+@contextlib.contextmanager
+def _session(
+    address: str,
+    options: argparse.Namespace,
+    settings: Settings,
+    report: Report,
+    *,
+    token: bytes | None,
+    plaintext: bool,
+) -> Iterator[Session]:
+    import amst_core
+
     session = amst_core.connect(
-        server.address,
+        address,
         settings=settings,
-        token=find_token(options.token_file) if options.token_file is not None else None,
+        token=token,
         streams=options.streams,
         transport=options.transport,
         require=options.require,
-        plaintext=True if options.plaintext else None,
+        plaintext=True if plaintext else None,
     )
     try:
         with session:
+            if options.bwlimit:
+                _limit_rate(options, session)
             yield session
     finally:
         report.take_session(session)
         if report.reason and not options.quiet:
             complain(f"note: {report.reason}")
+
+
+def _limit_rate(options: argparse.Namespace, session: Session) -> None:
+    """Hold the session to --bwlimit, either way; SIGUSR2 lifts the limit, and sets it again."""
+    limited = True
+
+    def toggle() -> None:
+        nonlocal limited
+        limited = not limited
+        session.limit_rate(options.bwlimit if limited else None)
+        session.limit_peer_rate(options.bwlimit if limited else None)
+
+    session.limit_rate(options.bwlimit)
+    session.limit_peer_rate(options.bwlimit)
+    options.signals.always(signal.SIGUSR2, toggle)

@@ -17,6 +17,7 @@ REFUSED: Final = 6
 INTEGRITY: Final = 7
 UNAVAILABLE: Final = 8
 SIGINT: Final = 130
+SIGPIPE: Final = 141
 SIGTERM: Final = 143
 
 _BY_KIND: Final = {
@@ -45,5 +46,5 @@ def for_error(error: AmstError, *, acknowledged: bool) -> int:
 
 def for_failures(kinds: Iterable[str]) -> int:
     """The exit code of a copy in which single files failed: the gravest failure counts, 0 without any."""
-    codes = {INTERRUPTED if kind in _SESSION_LOST else _BY_KIND.get(kind, OTHER) for kind in kinds}
+    codes = {INTERRUPTED if kind in _SESSION_LOST or kind == "busy" else _BY_KIND.get(kind, OTHER) for kind in kinds}
     return next((code for code in _WORST_FIRST if code in codes), OTHER if codes else OK)

@@ -52,7 +52,14 @@ class Remote:
         return f"{SCHEME}://{self.endpoint}"
 
 
-def parse_location(text: str) -> Local | Remote:
+@dataclass(frozen=True, slots=True)
+class Standard:
+    """``-``: standard input as a source, standard output as a target."""
+
+    text: str
+
+
+def parse_location(text: str) -> Local | Remote | Standard:
     """Read a location of the command line.
 
     Raises:
@@ -62,7 +69,7 @@ def parse_location(text: str) -> Local | Remote:
     if not text:
         raise UsageError("an empty location; give a path, or . for this directory")
     if text == "-":
-        raise UsageError("'-': pipes are not built yet; name a file (a file called - is ./-)")
+        return Standard(text)
     if scheme := _SCHEME.match(text):
         if scheme[1].lower() != SCHEME:
             raise UsageError(f"{text}: the scheme {scheme[1]} is unknown; {FORM}, or ./... for a local path")

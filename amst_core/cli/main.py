@@ -14,7 +14,10 @@ from typing import Final
 from ..errors import AmstError, CancelledError
 from . import exits, options, output, signals
 
-_MODULES: Final = {"serve": "serve", "cp": "copy", "bench": "bench", "plugins": "plugins", "config": "config"}
+_MODULES: Final = {
+    "serve": "serve", "cp": "copy", "ls": "ls", "bench": "bench", "plugins": "plugins", "config": "config",
+    "doctor": "doctor",
+}  # fmt: skip
 
 _REPORTING: Final = ("cp", "bench")
 """Commands whose --json is the `output.Report`."""
@@ -24,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's own); the exit code. Main thread only."""
     try:
         code = _main(sys.argv[1:] if argv is None else list(argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is when the descriptor is closed
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # Whoever read our output has left; do not let the interpreter complain about it at its end.
@@ -40,22 +44,24 @@ def _main(argv: list[str]) -> int:
         _allow_descriptors()
         command = importlib.import_module(f".{_MODULES[parsed.command]}", __package__)
         # serve waits for signals in a way of its own.
-        with contextlib.nullcontext() if parsed.command == "serve" else signals.raising():
+        with contextlib.nullcontext() if parsed.command == "serve" else signals.raising() as actions:
+            parsed.signals = actions
             code: int = command.run(parsed, report)
     except SystemExit:  # help or the version
         return exits.OK
     except BrokenPipeError:
         raise
     except AmstError as err:
-        code = _failed(err, report)
+        code = _failed(err, report, resumes=parsed is not None and parsed.command == "cp")
     except KeyboardInterrupt:
         code = _stopped("SIGINT", report, exits.SIGINT)
     except signals.Terminated:
         code = _stopped("SIGTERM", report, exits.SIGTERM)
     except Exception as err:
         code = _unexpected(err, report, verbose=parsed is not None and parsed.verbose > 0)
-    if options.wants_json(argv) and (report.error is not None or (parsed and parsed.command in _REPORTING)):
-        output.print_json(report.as_dict())
+    begun = parsed is not None and getattr(parsed, "json_begun", False)  # the command writes an object of its own
+    if options.wants_json(argv) and not begun and (report.error or (parsed and parsed.command in _REPORTING)):
+        output.print_json(report.as_dict(), aside=options.writes_data(argv))
     return code
 
 
@@ -65,11 +71,11 @@ def _allow_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _failed(err: AmstError, report: output.Report) -> int:
-    code = exits.for_error(err, acknowledged=report.arrived)
+def _failed(err: AmstError, report: output.Report, *, resumes: bool = False) -> int:
+    code = exits.for_error(err, acknowledged=report.arrived_bytes > 0)
     message = str(err)
     if code == exits.INTERRUPTED:
-        message += "; run the same command again: it starts over"
+        message += f"; {_how_to_go_on(report)}" if resumes else "; run it again"
     report.ok = False
     report.error = output.describe_error(err, message)
     output.complain_about(report.failed)
@@ -85,9 +91,15 @@ def _unexpected(err: Exception, report: output.Report, *, verbose: bool) -> int:
     return _failed(AmstError(f"{what}; this is a bug in AMST, please report it{advice}"), report)
 
 
+def _how_to_go_on(report: output.Report) -> str:
+    arrived = output.size(report.arrived_bytes)
+    return f"{arrived} had arrived; {report.advice}"
+
+
 def _stopped(name: str, report: output.Report, code: int) -> int:
-    message = f"stopped by {name}; what has not arrived whole is not there"
+    message = f"stopped by {name}; {_how_to_go_on(report)}" if report.arrived_bytes else f"stopped by {name}"
     report.ok = False
+    output.complain_about(report.failed)
     report.error = output.describe_error(CancelledError(message, retryable=True))
     output.complain(message)
     return code

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NoReturn
 
 from ..errors import UsageError
-from ..units import parse_duration, parse_size
+from ..units import parse_duration, parse_rate, parse_size
 
 MAX_STREAMS: Final = 512
+MIN_RATE: Final = 16 << 10
 DEFAULT_LISTEN: Final = "[::]:9000"
 DEFAULT_BENCH_S: Final = 10.0
 
@@ -25,10 +26,12 @@ Moves files fast over many streams, encrypted and verified.
 
 commands:
   serve                       serve a directory to those who know this machine's token
-  cp SRC... DST               copy files and directories to or from a server
+  cp SRC... DST               copy files and directories to, from or without a server; --dry-run only tells
+  ls URL                      list what is at or in a path of a server
   bench URL                   measure memory to memory, through the same path as cp
   plugins [list] [--check]    list the installed plugins; --check tries each
-  config check FILE           check a settings file
+  config check FILE           check a settings file; config --explain shows what is in force, and by whom
+  doctor                      what of this machine matters, and what to do about it
 
 options:
   -h, --help                  this text; amst COMMAND --help says more
@@ -42,13 +45,14 @@ examples:
 _LOCATIONS: Final = """\
 A location is a local path or amst://HOST[:9000]/PATH, relative to the server's root and percent-encoded where
 needed. The names are cp's: into an existing directory or one written with a trailing /, else under the target's
-name. Directories are copied whole, links as links; modes and modification times are kept.
+name. Directories are copied whole, links as links; modes and modification times are kept. For one file, - as SRC
+is standard input, and as DST standard output.
 """
 
 _EXITS: Final = """\
 exit codes: 0 all arrived and is verified; 1 other; 2 usage or settings; 3 source not found; 4 cannot connect;
 5 interrupted after a part had arrived; 6 refused: token, permission, path; 7 damaged data; 8 --require cannot be
-met; 130 SIGINT; 143 SIGTERM
+met; 130 SIGINT; 141 nobody reads standard output; 143 SIGTERM
 """
 
 _CREDENTIALS: Final = """\
@@ -86,6 +90,11 @@ def version_line() -> str:
 def wants_json(argv: Sequence[str]) -> bool:
     """Whether --json was asked for, also on a command line that does not parse."""
     return "--json" in _before_dashes(argv)
+
+
+def writes_data(argv: Sequence[str]) -> bool:
+    """Whether standard output is what a copy goes to, also on a command line that does not parse."""
+    return bool(argv) and argv[0] == "cp" and argv[-1] == "-"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -140,7 +149,7 @@ def _parser(command: str, usage: str, description: str, epilog: str = "") -> _Pa
     return parser
 
 
-def _add_common(parser: _Parser) -> None:
+def _add_settings(parser: _Parser) -> None:
     parser.add_argument(
         "--config", action="append", default=[], metavar="FILE",
         help="settings file, YAML or TOML; may be repeated; replaces the one of AMST_CONFIG",
@@ -149,6 +158,10 @@ def _add_common(parser: _Parser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", type=_setting,
         help="one setting, e.g. limits.memory=2GiB; may be repeated",
     )  # fmt: skip
+
+
+def _add_common(parser: _Parser) -> None:
+    _add_settings(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="errors only: no progress, no summary")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
 
@@ -162,6 +175,11 @@ def _add_client(parser: _Parser) -> None:
     parser.add_argument(
         "--plaintext", action="store_true",
         help="checked but not encrypted data; a server grants it on loopback or where its settings allow it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bwlimit", type=_bwlimit, metavar="RATE",
+        help="most payload per second over all streams, e.g. 10MB/s or 100Mbit/s; 0: no limit; SIGUSR2 lifts it and"
+        " sets it again",
     )  # fmt: skip
     parser.add_argument("--token-file", metavar="FILE", help="file that holds the server's token")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on standard output")
@@ -193,6 +211,20 @@ def _cp() -> _Parser:
         f"{_CREDENTIALS}\n{_EXITS}",
     )
     parser.add_argument("-r", "--recursive", action="store_true", help="accepted; directories are copied whole anyway")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be copied where, and change nothing")
+    _add_client(parser)
+    return parser
+
+
+def _ls() -> _Parser:
+    parser = _parser(
+        "ls",
+        "amst ls [-l] [-R] [OPTION...] amst://HOST[:PORT]/PATH",
+        "List what is at a path of a server, in a directory what is in it, sorted, directories with a trailing /.",
+        f"{_CREDENTIALS}\n{_EXITS}",
+    )
+    parser.add_argument("-l", "--long", action="store_true", help="mode, size in bytes and modification time too")
+    parser.add_argument("-R", "--recursive", action="store_true", help="everything below it, one path a line")
     _add_client(parser)
     return parser
 
@@ -226,7 +258,31 @@ def _plugins() -> _Parser:
 
 
 def _config() -> _Parser:
-    parser = _parser("config", "amst config check [--json] FILE", "Check a settings file and list all its faults.")
+    parser = _parser(
+        "config",
+        """\
+        amst config check [--json] FILE
+               amst config --explain [--config FILE] [--set KEY=VALUE] [--json]""",
+        "Check a settings file and list all its faults, or show each setting in force with the file, variable or\n"
+        "option that has set it.",
+    )
+    parser.add_argument("--explain", action="store_true", help="show what is in force, and where it comes from")
+    _add_settings(parser)
+    _add_plain(parser)
+    return parser
+
+
+def _doctor() -> _Parser:
+    parser = _parser(
+        "doctor",
+        "amst doctor [--leftovers DIR] [OPTION...]",
+        "Look at what of this machine matters to AMST: ok, a note, or a problem (exit 1), and what to do about it.\n"
+        "Nothing is changed.",
+    )
+    parser.add_argument(
+        "--leftovers", metavar="DIR", help="list instead what broken copies have left below DIR, and what becomes of it"
+    )
+    _add_settings(parser)
     _add_plain(parser)
     return parser
 
@@ -239,9 +295,11 @@ def _add_plain(parser: _Parser) -> None:
 _COMMANDS: Final[Mapping[str, Callable[[], _Parser]]] = {
     "serve": _serve,
     "cp": _cp,
+    "ls": _ls,
     "bench": _bench,
     "plugins": _plugins,
     "config": _config,
+    "doctor": _doctor,
 }
 
 
@@ -254,6 +312,16 @@ def _streams(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_STREAMS):
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 1 to {MAX_STREAMS}")
     return int(text)
+
+
+def _bwlimit(text: str) -> float:
+    try:
+        rate = parse_rate(text)
+    except UsageError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+    if rate and rate < MIN_RATE:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than {MIN_RATE >> 10} KiB/s; 0 means no limit")
+    return rate
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .. import Session
 
 _SHOWN_FAILURES: Final = 20
+_EXTRA: Final = ("dry_run", "arrived_bytes", "advice")
 _UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -28,10 +29,11 @@ class Failure:
 
 @dataclass(slots=True)
 class Report:
-    """The result of cp or bench, filled as it goes; all fields but the last are the keys of --json, in their order.
+    """The result of cp or bench, filled as it goes; but for the last three, its fields are the keys of --json in order.
 
     What is not (yet) known is None, or 0 where it is a count. ``seconds`` run from the first payload byte
-    offered to the last one acknowledged as verified. ``arrived``: some bytes had, on one side or the other.
+    offered to the last one acknowledged as verified. ``dry_run``, a key only of a copy that was only planned: what it
+    would do. ``arrived_bytes``: so many had, whole files or not; ``advice``: how to go on when it is cut short.
     """
 
     ok: bool = False
@@ -54,7 +56,9 @@ class Report:
     reason: str | None = None
     failed: list[Failure] = field(default_factory=list)
     error: Mapping[str, object] | None = None
-    arrived: bool = False
+    dry_run: Mapping[str, object] | None = None
+    arrived_bytes: int = 0
+    advice: str = "run the same command again and it goes on from there"
 
     def take_session(self, session: Session) -> None:
         """Note what the session knows about itself, while it lives or after."""
@@ -68,19 +72,23 @@ class Report:
         self.encrypted = about.encrypted
         self.verified = True  # nothing is acknowledged that was not
         self.retransmitted_bytes = metrics.retransmitted_bytes
+        self.resumed_bytes = about.resumed_bytes
         self.lane_failures = metrics.lane_failures
         self.reason = about.transport_reason or None
-        self.arrived = bool(about.acknowledged_bytes or metrics.bytes_received)
+        self.arrived_bytes = max(about.acknowledged_bytes, about.verified_bytes) + about.resumed_bytes
 
-    def take_amount(self, moved_bytes: int, *, files: int = 0, seconds: float) -> None:
-        """Note how much arrived, and in which time."""
+    def take_amount(self, moved_bytes: int, *, files: int = 0, seconds: float, resumed_bytes: int = 0) -> None:
+        """Note how much arrived, and in which time; what was there from an earlier try did not travel."""
         self.bytes, self.files, self.seconds = moved_bytes, files, seconds
-        self.throughput_bytes_per_s = moved_bytes / seconds if seconds > 0 else 0.0
+        travelled = max(0, moved_bytes - resumed_bytes)
+        self.throughput_bytes_per_s = travelled / seconds if seconds > 0 else 0.0
 
     def as_dict(self) -> dict[str, object]:
         """Every key, always."""
-        values: dict[str, object] = {name: getattr(self, name) for name in self.__slots__ if name != "arrived"}
+        values: dict[str, object] = {name: getattr(self, name) for name in self.__slots__ if name not in _EXTRA}
         values["failed"] = [{"path": f.path, "kind": f.kind, "message": f.message} for f in self.failed]
+        if self.dry_run is not None:
+            values["dry_run"] = self.dry_run
         return values
 
 
@@ -89,9 +97,9 @@ def describe_error(error: AmstError, message: str | None = None) -> dict[str, ob
     return {"kind": error.kind, "message": message or error.message, "retryable": error.retryable}
 
 
-def print_json(value: Mapping[str, object]) -> None:
-    """One object on one line of standard output."""
-    print(json.dumps(value), flush=True)
+def print_json(value: Mapping[str, object], *, aside: bool = False) -> None:
+    """One object on one line of standard output; ``aside``: of standard error, where that carries data."""
+    print(json.dumps(value), file=sys.stderr if aside else sys.stdout, flush=True)
 
 
 def say(line: str) -> None:
@@ -119,6 +127,8 @@ def summary(report: Report, verb: str, *, count_files: bool) -> str:
     what = size(report.bytes)
     if count_files:
         what = f"{count(report.files, 'file' if report.files == 1 else 'files')}, {what}"
+    if report.resumed_bytes:
+        what += f", {size(report.resumed_bytes)} of it there already,"
     parts = [f"{verb} {what} in {report.seconds:.2f} s ({rate(report.throughput_bytes_per_s)})"]
     plural = "stream" if report.streams == 1 else "streams"
     parts.append(f" over {report.streams} {report.transport} {plural}")

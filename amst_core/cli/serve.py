@@ -42,6 +42,8 @@ def run(options: argparse.Namespace, report: Report) -> int:
         try:
             print(f"listening on {server.address}", flush=True)
             signal.sigwait(_SIGNALS)
+            if server.sessions:
+                output.complain(f"stopping: nothing new is taken, what is under way has {CLOSE_TIMEOUT_S:g} s")
         finally:
             # From here on a second signal ends the process at once.
             handlers = [(number, signal.signal(number, signal.SIG_DFL)) for number in _SIGNALS]

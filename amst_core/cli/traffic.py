@@ -82,9 +82,12 @@ def receive(session: Session, load: Load, tally: Tally, *, progress: Callable[[]
     _answer(session)
     drain(session, tally, progress=progress)
     sent = _answer(session)
-    if sent.get("bytes") != tally.bytes or not isinstance(sent.get("seconds"), int | float):
+    seconds = sent.get("seconds")
+    if sent.get("bytes") != tally.bytes:
         raise ProtocolError(f"the server says that it sent {sent.get('bytes')!r} bytes, but {tally.bytes} arrived")
-    tally.seconds = float(sent["seconds"])
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= _MAX_SECONDS:
+        raise ProtocolError("the server does not say in how many seconds it sent them")
+    tally.seconds = float(seconds)
 
 
 def _tell(session: Session, value: Mapping[str, object]) -> None:

@@ -7,14 +7,20 @@ loop polls `fileno` together with its own wake-ups.
 
 from __future__ import annotations
 
+import fcntl
 import select
 import socket
+import struct
+import termios
 import time
+from collections.abc import Iterator
 from typing import Final
 
 from ..errors import AmstError, BrokenError, DeadlineError
 from ..security.tls import TlsStream
 from ..wire.messages import MAX_RECORD, Message, RecordReader, encode
+
+_INT: Final = struct.Struct("@i")
 
 _READ_SIZE: Final = 16 << 10
 """About one TLS record; a larger buffer would be mapped, touched and unmapped again at every call."""
@@ -37,6 +43,10 @@ class ControlChannel:
         self._records = RecordReader()
         self._plain = bytearray()
         self._unsent = bytearray()
+        self._written = 0  # bytes that the socket took
+        self._acknowledged = 0  # of them, that the peer's kernel has
+        self._moved_at = time.monotonic()  # when that last rose, or there was nothing to rise
+        self.settled = True  # the peer's kernel has all that was written, as `stalled_s` last saw it
         self.peer = peer
 
     def fileno(self) -> int:
@@ -66,9 +76,11 @@ class ControlChannel:
 
     # ---- non-blocking ----------------------------------------------------------------------
 
-    def send(self, message: Message) -> None:
-        """Queue a message; `flush` writes it, together with its neighbours: one TLS record instead of many."""
-        self._plain += encode(message)
+    def send(self, message: Message) -> int:
+        """Queue a message, return its size; `flush` writes it with its neighbours: one TLS record instead of many."""
+        record = encode(message)
+        self._plain += record
+        return len(record)
 
     def flush(self) -> None:
         """Write what the socket takes now.
@@ -89,10 +101,23 @@ class ControlChannel:
                 return
             except OSError as err:
                 raise BrokenError(f"control connection to {self.peer} failed: {err}", peer=self.peer) from err
+            self._written += done
             del self._unsent[:done]
 
-    def receive(self) -> list[Message]:
-        """The messages that have arrived.
+    def stalled_s(self, now: float) -> float:
+        """How long the peer's kernel has acknowledged nothing of what waits for it; 0 when nothing waits."""
+        try:
+            (waiting,) = _INT.unpack(fcntl.ioctl(self._sock, termios.TIOCOUTQ, _INT.pack(0)))
+        except OSError:
+            return 0.0  # it is gone, as the next read will tell
+        acknowledged = self._written - waiting
+        self.settled = not (waiting or self._unsent)
+        if self.settled or acknowledged > self._acknowledged:
+            self._acknowledged, self._moved_at = acknowledged, now
+        return now - self._moved_at
+
+    def receive(self) -> Iterator[Message]:
+        """The messages that have arrived, each decoded only when its turn comes.
 
         Raises:
             BrokenError: the connection is gone or ended.
@@ -100,12 +125,16 @@ class ControlChannel:
         """
         ended = self._read()
         self._records.feed(self._tls.receive())
-        messages = []
+        silent = True
         while (message := self._records.next_message()) is not None:
-            messages.append(message)
-        if not messages and (ended or self._tls.ended):
+            silent = False
+            yield message
+        if silent and (ended or self._tls.ended):
             raise BrokenError(f"{self.peer} closed the control connection", peer=self.peer)
-        return messages
+
+    def abort(self) -> None:
+        """Close at once, whatever is under way. Idempotent, never raises; by the thread that drives it."""
+        self._sock.close()
 
     def close(self) -> None:
         """Write what is queued and close. Idempotent, never raises, takes `_GOODBYE_S` at most."""

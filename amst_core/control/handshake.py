@@ -10,13 +10,13 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
-from ..errors import AmstError, AuthError, BrokenError, ConnectError, ProtocolError, error_from_kind
+from ..errors import AmstError, AuthError, BrokenError, ClosedError, ConnectError, ProtocolError, error_from_kind
 from ..interfaces import Advertisement
 from ..security import keys
 from ..wire.fields import AttributeValue
-from ..wire.messages import PROTOCOL_VERSION, Close, Hello, Message, Params, Proof
+from ..wire.messages import PROTOCOL_VERSION, Close, Hello, Message, Params, Proof, Resume
 from .channel import ControlChannel
 
 VERSION_REFUSED: Final = "version"
@@ -27,6 +27,9 @@ STREAMS: Final = "streams"
 TRANSPORTS: Final = "transports"
 PLAINTEXT: Final = "plaintext"
 SESSION: Final = "session"
+EPOCH: Final = "epoch"
+
+SESSION_ID_SIZE: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,40 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """The outcome: the session's secret and what the peer offers."""
+    """The outcome: the session's secret, what the peer offers, and the certificate it showed."""
 
     session_id: str
     secret: bytes
     peer: Terms
     wish: Wish
+    fingerprint: bytes = b""
+
+
+class Resumable(Protocol):
+    """A session at the server that may be taken up again after its control channel broke."""
+
+    @property
+    def secret(self) -> bytes: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    def yield_channel(self, epoch: int, timeout_s: float) -> int:
+        """Drop the channel it has, if any, in favour of the one of ``epoch``; the messages taken in over all of them.
+
+        Raises:
+            AmstError: it has ended, or a later epoch came first.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """A session that goes on over a new channel; the peer had taken in ``received`` messages before."""
+
+    session_id: str
+    received: int
+    epoch: int
 
 
 def connect(channel: ControlChannel, *, token: bytes, wish: Wish, terms: Terms, deadline: float) -> Agreement:
@@ -66,35 +97,97 @@ def connect(channel: ControlChannel, *, token: bytes, wish: Wish, terms: Terms, 
         AuthError, RefusedError: the token or the wish was not accepted, or the server could not prove itself.
         DeadlineError: no answer before ``deadline`` (monotonic seconds).
     """
-    channel.establish(deadline)
-    nonce = secrets.token_bytes(keys.NONCE_SIZE)
-    attributes: dict[str, AttributeValue] = {
-        SOFTWARE: "amst",
-        STREAMS: wish.streams,
-        TRANSPORTS: ",".join(wish.transports),
-        PLAINTEXT: wish.plaintext,
-    }
-    channel.send(Hello((PROTOCOL_VERSION,), nonce, attributes))
-    hello = _expect(channel, Hello, deadline)
-    if hello.versions != (PROTOCOL_VERSION,):
-        raise ConnectError(f"{channel.peer} chose protocol version {hello.versions}, not {PROTOCOL_VERSION}",
-                           peer=channel.peer, retryable=False)  # fmt: skip
-    fingerprint = keys.certificate_fingerprint(channel.certificate())
-    proof = {"fingerprint": fingerprint, "client_nonce": nonce, "server_nonce": _nonce(hello)}
-    channel.send(Proof(keys.client_proof(token, **proof)))
-    answer = _expect(channel, Proof, deadline)
-    if not keys.same_mac(keys.server_proof(token, **proof), answer.mac):
-        raise AuthError(f"{channel.peer} accepted the token without knowing it: somebody sits in between; "
-                        "check the network path", peer=channel.peer)  # fmt: skip
-    channel.prove()
+    binding = _prove_to_server(
+        channel,
+        token,
+        {
+            SOFTWARE: "amst",
+            STREAMS: wish.streams,
+            TRANSPORTS: ",".join(wish.transports),
+            PLAINTEXT: wish.plaintext,
+        },
+        deadline,
+    )
     theirs = _expect(channel, Params, deadline)
     half = secrets.token_bytes(keys.HALF_SIZE)
     channel.send(_params(half, terms, {}))
     channel.flush_all(deadline)
     session = theirs.attributes.get(SESSION)
-    if not isinstance(session, bytes) or len(session) != 16:
+    if not isinstance(session, bytes) or len(session) != SESSION_ID_SIZE:
         raise ProtocolError("PARAMS without a session id", peer=channel.peer)
-    return Agreement(session.hex(), keys.session_secret(half, _half(theirs)), _terms(theirs), wish)
+    secret = keys.session_secret(half, _half(theirs))
+    return Agreement(session.hex(), secret, _terms(theirs), wish, binding.fingerprint)
+
+
+def resume(
+    channel: ControlChannel, *, token: bytes, agreed: Agreement, epoch: int, received: int, deadline: float
+) -> Resumption:
+    """The client's side of taking the session of ``agreed`` up again, on a fresh connection.
+
+    ``epoch`` rises with every attempt; ``received`` is how many of the server's messages have been taken in.
+
+    Raises:
+        ClosedError: the server has no such session (any more): it ended, or the server was started anew.
+        AuthError: another certificate, or the server does not know the session's secret.
+        AmstError: as `connect`.
+    """
+    session = bytes.fromhex(agreed.session_id)
+    binding = _prove_to_server(channel, token, {SOFTWARE: "amst", SESSION: session, EPOCH: epoch}, deadline)
+    if binding.fingerprint != agreed.fingerprint:
+        raise AuthError(f"{channel.peer} shows another certificate than when the session began", peer=channel.peer)
+    mac = binding.resume_mac(agreed.secret, by_client=True, epoch=epoch, received=received)
+    channel.send(Resume(epoch, received, mac))
+    answer = _expect(channel, Resume, deadline)
+    expected = binding.resume_mac(agreed.secret, by_client=False, epoch=epoch, received=answer.received)
+    if answer.epoch != epoch or not keys.same_mac(expected, answer.mac):
+        raise AuthError(f"{channel.peer} does not know the secret of the session", peer=channel.peer)
+    return Resumption(agreed.session_id, answer.received, epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    """What ties proofs to one handshake."""
+
+    fingerprint: bytes
+    client_nonce: bytes
+    server_nonce: bytes
+
+    def client_proof(self, token: bytes) -> bytes:
+        return keys.client_proof(token, **self._fields())
+
+    def server_proof(self, token: bytes) -> bytes:
+        return keys.server_proof(token, **self._fields())
+
+    def resume_mac(self, secret: bytes, *, by_client: bool, epoch: int, received: int) -> bytes:
+        return keys.resume_mac(secret, by_client=by_client, epoch=epoch, received=received, **self._fields())
+
+    def _fields(self) -> dict[str, bytes]:
+        return {
+            "fingerprint": self.fingerprint,
+            "client_nonce": self.client_nonce,
+            "server_nonce": self.server_nonce,
+        }
+
+
+def _prove_to_server(
+    channel: ControlChannel, token: bytes, attributes: Mapping[str, AttributeValue], deadline: float
+) -> _Binding:
+    """The client's HELLO and both proofs."""
+    channel.establish(deadline)
+    nonce = secrets.token_bytes(keys.NONCE_SIZE)
+    channel.send(Hello((PROTOCOL_VERSION,), nonce, attributes))
+    hello = _expect(channel, Hello, deadline)
+    if hello.versions != (PROTOCOL_VERSION,):
+        raise ConnectError(f"{channel.peer} chose protocol version {hello.versions}, not {PROTOCOL_VERSION}",
+                           peer=channel.peer, retryable=False)  # fmt: skip
+    binding = _Binding(keys.certificate_fingerprint(channel.certificate()), nonce, _nonce(hello))
+    channel.send(Proof(binding.client_proof(token)))
+    answer = _expect(channel, Proof, deadline)
+    if not keys.same_mac(binding.server_proof(token), answer.mac):
+        raise AuthError(f"{channel.peer} accepted the token without knowing it: somebody sits in between; "
+                        "check the network path", peer=channel.peer)  # fmt: skip
+    channel.prove()
+    return binding
 
 
 def accept(
@@ -102,11 +195,15 @@ def accept(
     *,
     token: bytes,
     certificate: bytes,
-    terms: Terms,
-    admit: Callable[[Wish], None],
+    admit: Callable[[Wish], Terms],
+    find: Callable[[str], Resumable | None],
     deadline: float,
-) -> Agreement:
-    """The server's side, on an accepted connection. ``admit`` raises what the client is refused with.
+) -> Agreement | Resumption:
+    """The server's side, on an accepted connection.
+
+    ``admit`` says on which terms a client gets the new session that it wishes for, or raises what it is refused with;
+    it is asked once the client has proven itself. ``find`` knows the sessions that
+    there are, by id, for one that takes its own up again.
 
     Raises:
         AmstError: the client is not one of ours or was refused; it has been told.
@@ -116,29 +213,54 @@ def accept(
         hello = _expect(channel, Hello, deadline)
         if PROTOCOL_VERSION not in hello.versions:
             raise _VersionRefused(f"this server speaks protocol version {PROTOCOL_VERSION}, not {hello.versions}")
+        resuming = _resuming(hello.attributes)
         wish = _wish(hello.attributes)
         nonce = secrets.token_bytes(keys.NONCE_SIZE)
         channel.send(Hello((PROTOCOL_VERSION,), nonce, {SOFTWARE: "amst"}))
-        proof = {
-            "fingerprint": keys.certificate_fingerprint(certificate),
-            "client_nonce": _nonce(hello),
-            "server_nonce": nonce,
-        }
+        binding = _Binding(keys.certificate_fingerprint(certificate), _nonce(hello), nonce)
         answer = _expect(channel, Proof, deadline)
-        if not keys.same_mac(keys.client_proof(token, **proof), answer.mac):
+        if not keys.same_mac(binding.client_proof(token), answer.mac):
             raise AuthError("the token is not the one this server has; copy the server's token file "
                             "and name it with --token-file")  # fmt: skip
         channel.prove()
-        admit(wish)
+        if resuming is not None:
+            return _accept_resumption(channel, token, binding, find, *resuming, deadline)
+        terms = admit(wish)
     except AmstError as err:
         kind = VERSION_REFUSED if isinstance(err, _VersionRefused) else err.kind
         refuse(channel, kind, err.message, deadline)
         raise
-    half, session = secrets.token_bytes(keys.HALF_SIZE), secrets.token_bytes(16)
-    channel.send(Proof(keys.server_proof(token, **proof)))
+    half, session = secrets.token_bytes(keys.HALF_SIZE), secrets.token_bytes(SESSION_ID_SIZE)
+    channel.send(Proof(binding.server_proof(token)))
     channel.send(_params(half, terms, {SESSION: session}))
     theirs = _expect(channel, Params, deadline)
-    return Agreement(session.hex(), keys.session_secret(_half(theirs), half), _terms(theirs), wish)
+    secret = keys.session_secret(_half(theirs), half)
+    return Agreement(session.hex(), secret, _terms(theirs), wish, binding.fingerprint)
+
+
+def _accept_resumption(
+    channel: ControlChannel,
+    token: bytes,
+    binding: _Binding,
+    find: Callable[[str], Resumable | None],
+    session_id: str,
+    epoch: int,
+    deadline: float,
+) -> Resumption:
+    channel.send(Proof(binding.server_proof(token)))
+    theirs = _expect(channel, Resume, deadline)
+    session = find(session_id)
+    if session is None:
+        raise ClosedError("this server has no such session: it has ended, or the server was started anew")
+    expected = binding.resume_mac(session.secret, by_client=True, epoch=epoch, received=theirs.received)
+    if theirs.epoch != epoch or not keys.same_mac(expected, theirs.mac):
+        raise AuthError("the session's secret was not proven")
+    # only now may the channel that the session has be touched
+    received = session.yield_channel(epoch, max(0.0, deadline - time.monotonic()))
+    channel.send(Resume(epoch, received, binding.resume_mac(session.secret, by_client=False, epoch=epoch,
+                                                            received=received)))  # fmt: skip
+    channel.flush_all(deadline)
+    return Resumption(session_id, theirs.received, epoch)
 
 
 def refuse(channel: ControlChannel, kind: str, message: str, deadline: float) -> None:
@@ -154,7 +276,7 @@ class _VersionRefused(ConnectError):
     """No common protocol version."""
 
 
-_M = TypeVar("_M", Hello, Proof, Params)
+_M = TypeVar("_M", Hello, Proof, Params, Resume)
 
 
 def _expect(channel: ControlChannel, kind: type[_M], deadline: float) -> _M:
@@ -194,11 +316,24 @@ def _wish(attributes: Mapping[str, AttributeValue]) -> Wish:
     streams = attributes.get(STREAMS, 1)
     transports = attributes.get(TRANSPORTS, "")
     plaintext = attributes.get(PLAINTEXT, False)
-    if not isinstance(streams, int) or not isinstance(transports, str) or not isinstance(plaintext, bool):
+    software = attributes.get(SOFTWARE, "")
+    known = (type(streams), type(transports), type(plaintext), type(software))
+    if known != (int, str, bool, str):  # a truth value is an int for isinstance
         raise ProtocolError("HELLO attributes of the wrong type")
+    assert isinstance(streams, int) and isinstance(transports, str) and isinstance(plaintext, bool), "looked at above"
     if not 0 <= streams <= 65535:
         raise ProtocolError(f"HELLO asks for {streams} streams")
     return Wish(plaintext, streams, tuple(filter(None, transports.split(","))))
+
+
+def _resuming(attributes: Mapping[str, AttributeValue]) -> tuple[str, int] | None:
+    """The session that a client wants to take up again, and in which epoch."""
+    session, epoch = attributes.get(SESSION), attributes.get(EPOCH)
+    if session is None and epoch is None:
+        return None
+    if not isinstance(session, bytes) or len(session) != SESSION_ID_SIZE or type(epoch) is not int or epoch < 1:
+        raise ProtocolError("HELLO takes up a session without naming it and its epoch")
+    return session.hex(), epoch
 
 
 def _params(half: bytes, terms: Terms, attributes: Mapping[str, AttributeValue]) -> Params:

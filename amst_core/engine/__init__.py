@@ -3,7 +3,9 @@
 `Engine` is the only entry; the session calls it under one lock and carries out what it answers.
 """
 
-from .engine import Chunk, Engine, Limits, Placement, Verdict
+from .engine import Delivery, Engine, Limits
 from .events import Event
+from .incoming import Placement, Verdict
+from .outgoing import Chunk
 
-__all__ = ["Chunk", "Engine", "Event", "Limits", "Placement", "Verdict"]
+__all__ = ["Chunk", "Delivery", "Engine", "Event", "Limits", "Placement", "Verdict"]

@@ -16,6 +16,14 @@ class TransferOffered:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixGrew:
+    """Of a transfer that was accepted as ``ordered``, all bytes up to ``end`` are held and verified."""
+
+    transfer: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class TransferWhole:
     """Every byte is held and verified: make it available, then call `Engine.finish` (or `refuse`)."""
 
@@ -34,9 +42,17 @@ class TransferDropped:
 
 @dataclass(frozen=True, slots=True)
 class SourceDrained:
-    """Each byte of an outgoing transfer has been read once: check the source, then `Engine.end`."""
+    """Each byte of an outgoing transfer has been read once, or cannot change: check it, then `Engine.end`."""
 
     transfer: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReleased:
+    """Of a transfer opened with an unknown size, bytes up to ``end`` are held by the peer and no lane reads them."""
+
+    transfer: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +75,33 @@ class TransferDone:
     message: str
 
 
-Event: TypeAlias = TransferOffered | TransferWhole | TransferDropped | SourceDrained | Progress | TransferDone
+@dataclass(frozen=True, slots=True)
+class SameAsked:
+    """The peer has a whole file with this SHA-256 under the name: compare, then call `Engine.answer_same`."""
+
+    transfer: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SameAnswered:
+    """What the peer says to `Engine.claim`: adopt the file that is there (then `adopted`), or `accept` anew."""
+
+    transfer: int
+    same: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LaneOvertaken:
+    """A copy came sooner of what ``lane`` still writes to its place, or still sends from its source: it is stuck.
+
+    Nothing else can take the memory from it: drop it.
+    """
+
+    lane: int
+
+
+Event: TypeAlias = (
+    TransferOffered | PrefixGrew | TransferWhole | TransferDropped | SourceDrained | SourceReleased | Progress
+    | TransferDone | SameAsked | SameAnswered | LaneOvertaken
+)  # fmt: skip

@@ -52,10 +52,41 @@ class IntervalSet:
         self._total += new
         return new
 
+    def remove(self, start: int, end: int) -> None:
+        """Hold ``[start, end)`` no more."""
+        first = bisect_right(self._ends, start)
+        last = bisect_left(self._starts, end)
+        if start >= end or first >= last:
+            return
+        left = (self._starts[first], start) if self._starts[first] < start else None
+        right = (end, self._ends[last - 1]) if self._ends[last - 1] > end else None
+        kept = [span for span in (left, right) if span is not None]
+        self._total -= sum(self._ends[i] - self._starts[i] for i in range(first, last))
+        self._total += sum(e - s for s, e in kept)
+        self._starts[first:last] = [s for s, _ in kept]
+        self._ends[first:last] = [e for _, e in kept]
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._starts.clear()
+        self._ends.clear()
+        self._total = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._starts)
+
+    def __iter__(self) -> Iterator[Span]:
+        return zip(self._starts, self._ends, strict=True)
+
     def covers(self, start: int, end: int) -> bool:
         """Whether every offset of ``[start, end)`` is held."""
         i = bisect_right(self._starts, start) - 1
         return start >= end or (i >= 0 and self._ends[i] >= end)
+
+    def end_of_span(self, offset: int) -> int:
+        """The end of the span that holds ``offset``; ``offset`` itself when none does."""
+        i = bisect_right(self._starts, offset) - 1
+        return max(offset, self._ends[i]) if i >= 0 else offset
 
     def overlaps(self, start: int, end: int) -> bool:
         """Whether any offset of ``[start, end)`` is held."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from ..errors import AmstError, ProtocolError, RefusedError, StorageError
+from ..errors import AmstError, ProtocolError, RefusedError, StorageError, printable
 from ..wire.fields import AttributeValue
 
 HIDDEN_PREFIX: Final = b".amst-"
@@ -21,6 +21,9 @@ MAX_NAME: Final = 255
 MAX_PATH: Final = 4096
 MAX_DEPTH: Final = 256
 """Bytes in a component, bytes in a path, components in a path."""
+
+MAX_IDENTITY: Final = 64
+"""Bytes that may name a file being sent."""
 
 _MODE_MAX: Final = 0o7777
 _PERMISSIONS: Final = 0o777
@@ -44,7 +47,8 @@ class Entry:
 
     ``path`` is relative to the thing that was walked (``b""`` is that thing itself), ``mode`` holds the
     permission bits, ``mtime_ns`` nanoseconds since 1970 (negative before), ``size`` bytes of a file and 0 for
-    the others, ``target`` what a symbolic link says, byte for byte.
+    the others, ``target`` what a symbolic link says, byte for byte. ``identity`` names a file being sent: with equal
+    identity, size and time, equal bytes; empty when nobody said.
     """
 
     path: bytes
@@ -53,6 +57,7 @@ class Entry:
     mtime_ns: int
     size: int = 0
     target: bytes = b""
+    identity: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,7 @@ class WalkError:
 
 def display_path(path: bytes) -> str:
     r"""``path`` for people: UTF-8 where it is that, ``\xNN`` and ``\n`` where it is not; ``.`` for the root."""
-    text = path.decode("utf-8", "backslashreplace") or "."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return printable(path.decode("utf-8", "backslashreplace") or ".")
 
 
 def split_path(path: bytes) -> tuple[bytes, ...]:
@@ -154,6 +158,8 @@ def to_attributes(entry: Entry) -> dict[str, AttributeValue]:
     }
     if entry.type is EntryType.SYMLINK:
         attributes["target"] = entry.target
+    if entry.type is EntryType.FILE and entry.identity:
+        attributes["identity"] = entry.identity
     return attributes
 
 
@@ -186,7 +192,12 @@ def from_attributes(attributes: Mapping[str, AttributeValue], *, size: int = 0) 
         target = _get(attributes, "target", bytes)
         if not target or b"\0" in target or len(target) >= MAX_PATH:
             raise ProtocolError(f"link target of {len(target)} bytes is empty, too long or holds a NUL byte")
-    return Entry(path, kind, mode & _PERMISSIONS, mtime_ns, size, target)
+    identity = b""
+    if kind is EntryType.FILE and "identity" in attributes:
+        identity = _get(attributes, "identity", bytes)
+        if not 1 <= len(identity) <= MAX_IDENTITY:
+            raise ProtocolError(f"entry identity of {len(identity)} bytes; 1 to {MAX_IDENTITY} are allowed")
+    return Entry(path, kind, mode & _PERMISSIONS, mtime_ns, size, target, identity)
 
 
 def _get(attributes: Mapping[str, AttributeValue], key: str, kind: type[_T]) -> _T:

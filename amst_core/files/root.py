@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -29,7 +29,9 @@ from .entries import (
     special_name,
     split_path,
 )
-from .sink import FileSink, set_times, target_error, temporary_name
+from .journal import Fsync, SourceMark
+from .partial import PartialPolicy, Partials, has_partial, temporary_name
+from .sink import FileSink, set_times, target_error
 from .source import Descriptor, FileSource
 
 _PASS: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -54,14 +56,22 @@ class Root:
     """The tree below one directory, for reading and writing. All methods may be called from any thread.
 
     ``path`` is resolved as usual, once; from then on the open directory counts, not its name. ``forbidden``
-    lists directories as ``(st_dev, st_ino)`` that are out of reach below it and that it must not lie in.
+    lists directories as ``(st_dev, st_ino)`` that are out of reach below it and that it must not lie in. ``partials``
+    says how long what broken copies left stays below it.
 
     Raises:
         NotFoundError, RefusedError: there is no such directory, it may not be entered, or it is forbidden.
     """
 
-    def __init__(self, path: str | bytes | os.PathLike[str], *, forbidden: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        path: str | bytes | os.PathLike[str],
+        *,
+        forbidden: Sequence[tuple[int, int]] = (),
+        partials: PartialPolicy | None = None,
+    ) -> None:
         shown = display_path(os.fsencode(path))
+        self._partials = Partials(partials)
         self._forbidden = frozenset(forbidden)
         try:
             fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -154,16 +164,80 @@ class Root:
             raise NotFoundError(f"{display_path(path)} does not exist", path=display_path(path))
         return self._walk(path, entry)
 
+    def open_directory(self, path: bytes, *, within: int | None = None) -> int:
+        """Open the directory ``path`` for listing; the caller closes the descriptor.
+
+        ``within`` is the open directory that holds it; without, it is looked up from the root.
+
+        Raises:
+            NotFoundError, RefusedError, StorageError: as `parent`; or it is no directory, or unreadable.
+        """
+        shown = display_path(path)
+        if within is not None:
+            return self._enter(within, path.rpartition(b"/")[2], flags=_LIST, create=False, shown=shown)
+        if path:
+            with self.parent(path) as (fd, leaf):
+                return self._enter(fd, leaf, flags=_LIST, create=False, shown=shown)
+        with self._descriptor as fd:
+            return self._enter(fd, b".", flags=_LIST, create=False, shown=shown)
+
+    def look(self, path: bytes, *, within: int, relative: bytes) -> Entry | None:
+        """What is at ``path``, whose directory is open as ``within``; None when it is out of reach.
+
+        ``relative`` is the path that the entry gets.
+
+        Raises:
+            NotFoundError, RefusedError, StorageError: as `stat`; or the path is too long or too deep.
+        """
+        shown = display_path(path)
+        if len(path) > MAX_PATH or path.count(b"/") >= MAX_DEPTH:
+            raise StorageError(
+                f"{shown}: deeper than {MAX_DEPTH} components or longer than {MAX_PATH} bytes; "
+                "copy it from a directory further down",
+                path=shown,
+            )
+        return self._look(within, path.rpartition(b"/")[2], relative, shown=shown)
+
     # ---- writing ------------------------------------------------------------------------
 
-    def open_sink(self, path: bytes, *, size: int | None) -> FileSink:
-        """A sink for the file ``path`` of ``size`` bytes (None: unknown); see there for when the disk is touched.
+    def open_sink(
+        self,
+        path: bytes,
+        *,
+        size: int | None,
+        source: SourceMark | None = None,
+        fsync: Fsync = Fsync.NEVER,
+        is_idle: Callable[[], bool] | None = None,
+    ) -> FileSink:
+        """A sink for the file ``path`` of ``size`` bytes (None: unknown); see there for the rest.
 
         Raises:
             RefusedError, StorageError: ``path`` is not a legal path, or is the root.
         """
         _require_leaf(path)
-        return FileSink(lambda: self._open_parent(path, create=True), shown=display_path(path), size=size)
+        return FileSink(
+            lambda: self._open_parent(path, create=True),
+            shown=display_path(path),
+            size=size,
+            source=source,
+            fsync=fsync,
+            is_idle=is_idle,
+            partials=self._partials,
+        )
+
+    def has_partial(self, path: bytes) -> bool:
+        """Whether a broken copy of the file ``path`` lies beside it that could be continued.
+
+        Raises:
+            RefusedError, StorageError: as `parent`; that something on the way is missing is no error.
+        """
+        try:
+            with self.parent(path) as (fd, leaf):
+                return has_partial(leaf, dir_fd=fd)
+        except NotFoundError:
+            return False
+        except OSError as err:
+            raise error_from_os(err, "cannot look at", path=display_path(path)) from err
 
     def put_directory(self, path: bytes, entry: Entry) -> None:
         """Make the directory ``path`` unless it is there, then set mode and modification time from ``entry``.
@@ -294,7 +368,7 @@ class Root:
         levels: list[_Level] = []
         try:
             try:
-                levels.append(self._open_top(base))
+                levels.append(self._open_level(self.open_directory(base), b"", shown=display_path(base)))
             except AmstError as err:
                 yield WalkError(b"", err)
             while levels:
@@ -307,7 +381,7 @@ class Root:
                     continue
                 path = join_path(level.entry.path, name)
                 try:
-                    found = self._step(level.fd, name, path, base=base)
+                    found = self._step(level.fd, path, base=base)
                 except AmstError as err:
                     yield WalkError(path, err)
                     continue
@@ -319,30 +393,14 @@ class Root:
             for level in levels:
                 os.close(level.fd)
 
-    def _open_top(self, base: bytes) -> _Level:
-        shown = display_path(base)
-        if base:
-            with self.parent(base) as (parent_fd, leaf):
-                return self._open_level(parent_fd, leaf, b"", shown=shown)
-        with self._descriptor as fd:
-            return self._open_level(fd, b".", b"", shown=shown)
-
-    def _step(self, parent_fd: int, name: bytes, path: bytes, *, base: bytes) -> Entry | _Level | None:
+    def _step(self, parent_fd: int, path: bytes, *, base: bytes) -> Entry | _Level | None:
         full = join_path(base, path)
-        shown = display_path(full)
-        if len(full) > MAX_PATH or full.count(b"/") >= MAX_DEPTH:
-            raise StorageError(
-                f"{shown}: deeper than {MAX_DEPTH} components or longer than {MAX_PATH} bytes; "
-                "copy it from a directory further down",
-                path=shown,
-            )
-        entry = self._look(parent_fd, name, path, shown=shown)
+        entry = self.look(full, within=parent_fd, relative=path)
         if entry is None or entry.type is not EntryType.DIRECTORY:
             return entry
-        return self._open_level(parent_fd, name, path, shown=shown)
+        return self._open_level(self.open_directory(full, within=parent_fd), path, shown=display_path(full))
 
-    def _open_level(self, parent_fd: int, name: bytes, path: bytes, *, shown: str) -> _Level:
-        fd = self._enter(parent_fd, name, flags=_LIST, create=False, shown=shown)
+    def _open_level(self, fd: int, path: bytes, *, shown: str) -> _Level:
         try:
             names = sorted(os.fsencode(found) for found in os.listdir(fd))
             entry = self._describe(fd, b".", path, os.fstat(fd))

@@ -29,7 +29,7 @@ CHALLENGE_SIZE: Final = 32
 KEY_SIZE: Final = 32
 """Bytes of every secret, key, fingerprint and MAC here (SHA-256, AES-256)."""
 
-_INCARNATION: Final = struct.Struct("!Q")
+_U64: Final = struct.Struct("!Q")
 
 
 class Direction(enum.Enum):
@@ -79,7 +79,7 @@ def lane_key(secret: bytes, *, direction: Direction, incarnation: int) -> bytes:
     Raises:
         ProtocolError: the secret is not 32 bytes, or the incarnation is no u64.
     """
-    info = b"lane" + direction.value + _incarnation(incarnation)
+    info = b"lane" + direction.value + _u64(incarnation)
     return _hkdf(_sized("session secret", secret, KEY_SIZE), info)
 
 
@@ -89,7 +89,35 @@ def admission_mac(secret: bytes, *, incarnation: int, challenge: bytes) -> bytes
     Raises:
         ProtocolError: the secret or the challenge is not 32 bytes, or the incarnation is no u64.
     """
-    message = b"admit" + _incarnation(incarnation) + _sized("challenge", challenge, CHALLENGE_SIZE)
+    message = b"admit" + _u64(incarnation) + _sized("challenge", challenge, CHALLENGE_SIZE)
+    return hmac.digest(_sized("session secret", secret, KEY_SIZE), message, "sha256")
+
+
+def resume_mac(
+    secret: bytes,
+    *,
+    by_client: bool,
+    epoch: int,
+    received: int,
+    fingerprint: bytes,
+    client_nonce: bytes,
+    server_nonce: bytes,
+) -> bytes:
+    """One side's proof, 32 bytes, that it holds the secret of the session that it takes up again.
+
+    ``epoch`` counts the control channels of the session, ``received`` the peer's messages that this side took in.
+
+    Raises:
+        ProtocolError: a size is wrong, or a number is no u64.
+    """
+    message = (
+        (b"resume cli" if by_client else b"resume srv")
+        + _u64(epoch)
+        + _u64(received)
+        + _sized("certificate fingerprint", fingerprint, KEY_SIZE)
+        + _sized("client nonce", client_nonce, NONCE_SIZE)
+        + _sized("server nonce", server_nonce, NONCE_SIZE)
+    )
     return hmac.digest(_sized("session secret", secret, KEY_SIZE), message, "sha256")
 
 
@@ -113,7 +141,7 @@ def _sized(what: str, value: bytes, size: int) -> bytes:
     return value
 
 
-def _incarnation(number: int) -> bytes:
+def _u64(number: int) -> bytes:
     if not 0 <= number < 1 << 64:
-        raise ProtocolError(f"lane incarnation {number} does not fit 64 bits")
-    return _INCARNATION.pack(number)
+        raise ProtocolError(f"{number} does not fit 64 bits")
+    return _U64.pack(number)

@@ -8,7 +8,6 @@ open transfers. Everything the engine says (`Event`) is turned into work here, o
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -18,24 +17,44 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ..buffers import Block, BufferPool
 from ..engine import Chunk, Engine, Limits, Placement, Verdict
-from ..engine.events import Progress, SourceDrained, TransferDone, TransferDropped, TransferOffered, TransferWhole
+from ..engine.events import (
+    LaneOvertaken,
+    PrefixGrew,
+    Progress,
+    SameAnswered,
+    SameAsked,
+    SourceDrained,
+    SourceReleased,
+    TransferDone,
+    TransferDropped,
+    TransferOffered,
+    TransferWhole,
+)
 from ..errors import (
     AmstError,
     BrokenError,
     BusyError,
+    CancelledError,
     ClosedError,
+    DeadlineError,
     IntegrityError,
     ProtocolError,
+    RefusedError,
     error_from_kind,
 )
+from ..files.journal import Fsync
+from ..memory import MemoryShare
 from ..wire.fields import AttributeValue
-from ..wire.frames import FrameHeader
-from ..wire.messages import FILE, MESSAGE, SIZE_UNKNOWN, Close, LaneLost, Message, Open
-from .endpoints import MemorySource, Sink, Source
+from ..wire.frames import FrameHeader, FrameKind, encode_ack
+from ..wire.messages import FILE, HOLD, HOLES, MESSAGE, SIZE_UNKNOWN, Ack, Close, Credit, LaneLost, Message, Open
+from .background import Background
+from .endpoints import Sink, Source
 from .inbox import Inbox
-from .tickets import Ticket
+from .ordered import OrderedSink, OrderedSource
+from .room import NotYet, Room
+from .streams import Streams
+from .tickets import Ticket, guarded
 from .wakeup import Wakeup
 
 if TYPE_CHECKING:
@@ -43,11 +62,23 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("amst.session")
 
+MIN_RATE: Final = 16 << 10
+"""Least rate limit, in bytes per second."""
+
 FILE_WINDOW: Final = 256 << 20
 """How far a sender may run ahead of what is on disk; nothing is buffered, so it only bounds what is in flight."""
 
-LAST_WORD_S: Final = 1.0
-"""How long a session without a lane waits for the peer to say why."""
+SHOWN_OPEN: Final = 5
+"""Files that are named when a session ends before they are finished."""
+
+TICK_S: Final = 0.1
+"""While transfers are under way, how often late chunks are looked for."""
+
+QUIET_S: Final = 1.0
+"""Streams that fail so soon after another are logged as information, not as warnings."""
+
+IDLE_S: Final = 5.0
+"""Without a word from the peer for so long, a session yields its half-done files to another that wants them."""
 
 MAX_DAMAGED_LANES: Final = 3
 """Lanes lost to damaged frames before the session ends: the path, not the lane, is bad."""
@@ -91,17 +122,20 @@ class SessionCore:
         is_opener: bool,
         local: Limits,
         remote: Limits,
-        memory: int,
+        memory: MemoryShare,
         max_message: int,
         chunk_size: int,
         park_timeout_s: float,
+        session_timeout_s: float,
+        fsync: Fsync,
     ) -> None:
         self.peer = peer
         self.is_opener = is_opener
+        self.fsync = fsync
         self.lock = threading.Lock()
         self.engine = Engine(local=local, peer=remote)
         self.lanes: dict[int, LaneWorker] = {}
-        self.past_lanes: deque[LaneWorker] = deque(maxlen=64)
+        self.streams = Streams()
         self.total_lanes = 0
         self.most_lanes = 0
         self.lane_failures = 0
@@ -115,27 +149,30 @@ class SessionCore:
         self.error: AmstError | None = None
         self.closing: ClosedError | None = None  # this side said CLOSE: whatever ends the session now is this
         self.doom: tuple[float, BrokenError] | None = None  # no lane is left: when the session ends, and with what
+        self.control_up = True
+        self.heard_at = time.monotonic()  # on the control channel
+        self.lanes_in_doubt = False  # something failed: the monitor is to look at once
         self.last_error: AmstError | None = None
         self.first_offered_at: float | None = None
         self.last_done_at: float | None = None
-        # half of the memory for messages, a sixth for each direction's scratch, the rest for copies of sends
-        self.send_pool = BufferPool(memory // 6)
-        self.receive_pool = BufferPool(memory // 6)
-        self._scratch_limit = memory // 6
-        self._copy_limit = memory // 6
-        self._copied = 0
-        self._chunk_size = min(chunk_size, remote.max_chunk)
+        self.memory = memory
+        self.send_pool = memory.send_pool
+        self.receive_pool = memory.receive_pool
+        self._chunk_size = min(chunk_size, remote.max_chunk, memory.max_chunk)
         self.engine.chunk_size = self._chunk_size
         self.inbox = Inbox(
             self.lock,
             self.engine,
-            budget=memory // 2 - local.max_open * local.initial_credit,
-            on_return=self._block_returned,
+            memory=memory,
             on_change=self._inbox_changed_locked,
             max_message=max_message,
         )
-        self._returned: deque[Block] = deque()
         self._park_timeout_s = park_timeout_s
+        self._session_timeout_s = session_timeout_s
+        self._late_looked_at = 0.0
+        self._warned_at = -QUIET_S
+        self._rates: list[float | None] = [None, None]  # this side's limit, and the peer's
+        self._paced: LaneWorker | None = None  # the one that waits for the rate limit
         self._outgoing: dict[int, _Outgoing] = {}
         self._sinks: dict[int, Sink] = {}
         self._idle: list[LaneWorker] = []
@@ -143,29 +180,30 @@ class SessionCore:
         self.draining = False  # what is open may end, nothing new is taken
         self.serving = 0  # requests of the peer under way that take their time
         self._opened = threading.Condition(self.lock)  # an OPEN was accepted
-        self.room = threading.Condition(self.lock)  # an outgoing transfer ended, or lanes came or went
+        self.room = Room(self.lock)  # an outgoing transfer ended, or lanes came or went
         self.ponged = threading.Condition(self.lock)  # a lane's PONG came
         self.on_failed: Callable[[AmstError], None] | None = None
+        self.on_lane_died: Callable[[LaneWorker], None] | None = None
         self.on_released: Callable[[], None] | None = None
         self._acceptors: dict[int, Acceptor] = {}  # by kind of transfer
         self._request_acceptors: dict[int, Acceptor] = {}
-        self._worker: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._worker_thread: threading.Thread | None = None
-        self._worker_lock = threading.Lock()
-        self._worker_done = False
+        self.background = Background(on_crash=self._crashed)
+        self._soon: deque[Callable[[], None]] = deque()
         self.wakeup = Wakeup()  # of the control loop
+        memory.on_room = self.wakeup.set
         self._sleeps_until: float | None = None  # the control loop's timeout; None: it is awake
         self._ended = threading.Event()
+        self._end_callbacks: list[Callable[[], None]] = []
         self._acceptors[MESSAGE] = self.inbox.accept
 
     # ---- the control loop's side ---------------------------------------------------------------
 
     def take_messages(self, now: float) -> list[Message]:
         """What is to be written to the control channel now."""
+        self._do_what_waits()
         with self.lock:
             self._sleeps_until = None
-            while self._returned:
-                self.inbox.take_back_locked(self._returned.popleft())
+            self.inbox.reclaim_locked()
             # REPLY and CLOSE come after the transfers that they speak of
             out = self.engine.messages(now) + self._outbox
             self._outbox = []
@@ -174,20 +212,139 @@ class SessionCore:
     def may_sleep(self, until: float) -> float | None:
         """The control loop is about to sleep: until when it may, None if there is something to write."""
         with self.lock:
-            if self._outbox or self.engine.has_messages or self._returned:
+            if self._soon or self.memory.has_news or self._has_news_locked():
                 return None
-            deadline = self.engine.deadline
             if self.doom is not None:
                 until = min(until, self.doom[0])
+            if self.engine.sending:
+                until = min(until, self._late_looked_at + TICK_S)
+            deadline = self.engine.deadline
             self._sleeps_until = until if deadline is None else min(until, deadline)
             return self._sleeps_until
+
+    def take_reports(self, now: float) -> list[Ack | Credit]:
+        """Of what is to be told, what a lane can carry; for while there is no control channel."""
+        self._do_what_waits()
+        with self.lock:
+            self._sleeps_until = None
+            self.inbox.reclaim_locked()
+            return self.engine.reports(now)
+
+    def soon(self, act: Callable[[], None]) -> None:
+        """Have the control loop call ``act``, without a lock; may be called in the garbage collector."""
+        self._soon.append(act)
+        self.wakeup.set()
+
+    def _do_what_waits(self) -> None:
+        while self._soon:
+            self._soon.popleft()()
+
+    def report_by_lane(self, reports: list[Ack | Credit]) -> None:
+        """Have the lane that was heard last carry acknowledgements and credit; without one they are dropped."""
+        if not reports:
+            return
+        with self.lock:
+            lanes = self.live_lanes_locked()
+            if not lanes:
+                return
+            lane = max(lanes, key=lambda worker: (not worker.frames, worker.heard_at))
+            for report in reports:
+                if isinstance(report, Ack):
+                    payload = encode_ack(report, Credit(()))
+                else:
+                    payload = encode_ack(Ack(()), report)
+                lane.send_frame_locked(FrameHeader(FrameKind.ACK, length=len(payload)), payload)
+
+    def receive_reports(self, ack: Ack, credit: Credit) -> None:
+        """Acknowledgements and credit came over a lane. Raises `ProtocolError` when they must not have."""
+        if ack.held:
+            self.receive(ack)
+        if credit.limits:
+            self.receive(credit)
+
+    def control_lost(self, error: AmstError) -> None:
+        """The control channel is gone; what is under way goes on over the lanes."""
+        with self.lock:
+            self.control_up = False
+            self.last_error = error
+            self.engine.control_lost()
+            self.lanes_in_doubt = True
+
+    def control_resumed(self) -> None:
+        """There is a control channel again: the peer will be told the whole state of what it sends."""
+        with self.lock:
+            self.control_up = True
+            self.engine.control_resumed()
+            self.kick_locked()
+            self.room.notify_all()
+
+    @property
+    def is_idle(self) -> bool:
+        """The peer is silent: gone, perhaps."""
+        heard_at = max([self.heard_at, *(worker.heard_at for worker in list(self.lanes.values()))])
+        return (not self.control_up and not self.lanes) or time.monotonic() - heard_at > IDLE_S
+
+    def is_gone(self, for_s: float) -> bool:
+        """Neither the control channel nor any lane connects the two sides, and nothing was heard for ``for_s``."""
+        return not self.control_up and not self.lanes and time.monotonic() - self.heard_at > for_s
+
+    def describe_open_locked(self) -> str:
+        """What is under way, for people: names of files and how far they are, numbers of the rest."""
+        parts = [f"{out.source.name} ({out.ticket.acknowledged} of {out.ticket.size} bytes sent)"
+                 for out in self._outgoing.values() if out.source.name]  # fmt: skip
+        for transfer, sink in self._sinks.items():
+            if sink.name:
+                held, size = self.engine.progress_in(transfer)
+                parts.append(f"{sink.name} ({held} of {size} bytes received)")
+        named = len(parts)
+        if named > SHOWN_OPEN:
+            parts[SHOWN_OPEN:] = [f"{named - SHOWN_OPEN} more files"]
+        others = self.engine.sending + self.engine.receiving - named
+        if others > 0:
+            parts.append(f"{others} other transfers")
+        return ", ".join(parts) or "a walk through a directory"
+
+    def look_for_late(self, now: float) -> None:
+        """Have the last chunks of slow lanes sent again over others; cheap when called too often."""
+        if now - self._late_looked_at < TICK_S / 2:
+            return
+        self._late_looked_at = now
+        with self.lock:
+            self.engine.resend_late(now)
+            work = self._work_locked()
+            self.kick_locked()
+        self._begin(work)
+
+    def limit_rate(self, rate: float | None) -> None:
+        """Send at most ``rate`` bytes/s in all from now on; None: as fast as the lanes take it."""
+        self._rates[0] = rate
+        self._apply_rates()
+
+    def limit_rate_for_peer(self, rate: float | None) -> None:
+        """The same by wish of the peer; the lower limit holds."""
+        self._rates[1] = rate
+        self._apply_rates()
+
+    def _apply_rates(self) -> None:
+        limits = [rate for rate in self._rates if rate is not None]
+        with self.lock:
+            self.engine.limit_rate(min(limits, default=None), now=time.monotonic())
+            if self._paced is not None:
+                self._paced.ready.notify()
+            self.kick_locked()
+
+    def _has_news_locked(self) -> bool:
+        """Something is to be told, and there is a way for it."""
+        if not self.control_up:
+            return self.engine.has_credits and bool(self.lanes)
+        return bool(self._outbox) or self.engine.has_messages
 
     def wake_locked(self) -> None:
         """Wake the control loop if there is something for it before it wakes by itself."""
         if self._sleeps_until is None:
             return
         deadline = self.engine.deadline
-        if self._outbox or self.engine.has_messages or (deadline is not None and deadline < self._sleeps_until):
+        if self._has_news_locked() or (deadline is not None and deadline < self._sleeps_until):
             self._sleeps_until = None
             self.wakeup.set()
 
@@ -203,13 +360,10 @@ class SessionCore:
     def receive(self, message: Message) -> None:
         """A control message about transfers arrived. Raises `ProtocolError` when it must not have."""
         with self.lock:
-            self.engine.receive(message)
+            self.engine.receive(message, time.monotonic())
             work = self._work_locked()
             self.kick_locked()
-        for item in work.quick:
-            item()
-        for item in work.slow:
-            self.later(item)
+        self._begin(work)
 
     # ---- opening transfers -----------------------------------------------------------------------
 
@@ -218,53 +372,90 @@ class SessionCore:
         kind: int,
         source: Source,
         *,
-        size: int,
+        size: int | None,
         flow: Hashable,
         channel: str = "",
         request: int = 0,
         attributes: Mapping[str, AttributeValue] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        on_hold: bool = False,
+        given_up: Callable[[], bool] | None = None,
+        when_room: Callable[[], None] | None = None,
     ) -> Ticket:
         """Open a transfer, waiting while the peer takes no more; the source is closed in the end.
 
+        ``size`` is None for an `OrderedSource`, which offers its bytes as they come. A file ``on_hold`` is first
+        compared with what the peer has of it. ``given_up`` is asked whenever `room` is notified. With ``when_room``
+        this never waits, for the peer or for a disk: see `Room`.
+
         Raises:
             AmstError: the session ended.
+            CancelledError: it was given up while it waited.
+            NotYet: the peer takes no more now, and ``when_room`` will be called; the source is not closed.
         """
-        ticket = Ticket(size, cancel=self._cancel)
+        ticket = Ticket(size or 0, cancel=self._cancel)
         ticket.on_progress = on_progress
         try:
             with self.lock:
                 while self.error is None and not self.engine.has_turn(flow):
-                    self.room.wait()
+                    if given_up is not None and given_up():
+                        raise CancelledError("given up before the peer took it")
+                    self.room.wait_or_watch(when_room)
                 self.check_open_locked()
                 if self.first_offered_at is None and size:
                     self.first_offered_at = time.monotonic()
                 transfer = self.engine.open(
-                    kind, size=size, flow=flow, channel=channel, request=request, attributes=attributes
+                    kind,
+                    size=size,
+                    flow=flow,
+                    channel=channel,
+                    request=request,
+                    attributes=attributes,
+                    on_hold=on_hold,
+                    steady=source.steady,
+                    holes=source.holes,
                 )
                 ticket.transfer = transfer
+                if isinstance(source, OrderedSource):
+                    source.opened(ticket)
                 self._outgoing[transfer] = _Outgoing(source, ticket)
                 work = self._work_locked()
                 self.kick_locked()
                 self.wake_locked()
+        except NotYet:
+            raise  # nothing has happened, to the source either
         except BaseException:
             source.close()
             raise
-        work.run()
+        if when_room is None:
+            work.run()
+        else:
+            self._begin(work)
         return ticket
 
-    def reserve_copy(self, size: int) -> None:
-        """Wait until ``size`` bytes may be copied for sending; pair with `release_copy`."""
+    def reserve_copy(self, size: int, *, when_room: Callable[[], None] | None = None) -> bool:
+        """Wait until ``size`` bytes may be copied for sending; pair with `release_copy`.
+
+        False when only others could make room, who may never: this session has no copies to wait for (pipes keep
+        theirs for as long as they like).
+
+        Raises:
+            AmstError: the session ended.
+            NotYet: it would have to wait, and ``when_room`` will be called instead.
+        """
         with self.lock:
-            while self.error is None and self._copied and self._copied + size > self._copy_limit:
-                self.room.wait()
-            self.check_open_locked()
-            self._copied += size
+            while True:
+                self.check_open_locked()
+                if self.memory.reserve_copy(size):
+                    return True
+                if self.memory.copied == self.memory.piped:
+                    return False
+                self.room.wait_or_watch(when_room)
 
     def release_copy(self, size: int) -> None:
         """A copy is not needed any more."""
         with self.lock:
-            self._copied -= size
+            self.memory.release_copy(size)
             self.room.notify_all()
 
     def check_open_locked(self) -> None:
@@ -273,7 +464,21 @@ class SessionCore:
             raise copy(self.error)  # each its own: one that many raise gathers the traces of all
 
     def _cancel(self, ticket: Ticket) -> None:
-        self._reset(ticket.transfer, "cancelled", "the sender cancelled the transfer")
+        with self.lock:
+            self.engine.reset(ticket.transfer, CancelledError.kind, "the sender cancelled the transfer")
+            work = self._work_locked()
+            self.wake_locked()
+        self._begin(work)
+
+    def drop(self, transfer: int, error: AmstError) -> None:
+        """Give up an incoming transfer, if it is not whole yet: what there is of it is removed, the sender told why."""
+        with self.lock:
+            if transfer not in self._sinks:
+                return
+            self.engine.refuse(transfer, error.kind, error.message)
+            work = self._work_locked()
+            self.wake_locked()
+        self._begin(work)
 
     def _reset(self, transfer: int, kind: str, message: str) -> None:
         with self.lock:
@@ -302,7 +507,9 @@ class SessionCore:
 
     # ---- lanes: sending -----------------------------------------------------------------------------
 
-    def next_job(self, worker: LaneWorker, last: Chunk | None) -> tuple[Chunk, Source] | FrameHeader | None:
+    def next_job(
+        self, worker: LaneWorker, last: Chunk | None
+    ) -> tuple[Chunk, Source] | tuple[FrameHeader, bytes] | None:
         """Wait for what ``worker`` is to send: a chunk, a frame of the lane's own, or None to stop.
 
         ``last`` is the chunk it has done with.
@@ -318,6 +525,7 @@ class SessionCore:
                         work.run()
                     finally:
                         self.lock.acquire()
+                del work  # it holds on to what has ended, and the wait may be long
             while True:
                 if worker.dead or self.error is not None:
                     self.kick_locked()  # a wake-up meant for any lane must not end here
@@ -327,10 +535,17 @@ class SessionCore:
                 if worker.leaving:
                     self.kick_locked()
                     return None
-                chunk = self.engine.next_chunk(worker.id)
+                now = time.monotonic()
+                chunk = self.engine.next_chunk(worker.id, now)
                 if chunk is not None:
                     self.kick_locked()
                     return chunk, self._outgoing[chunk.transfer].source
+                paced_until = self.engine.paced_until(now) if self._paced is None else None
+                if paced_until is not None and self.engine.may_send(worker.id):
+                    self._paced = worker  # one waits for the time; it wakes the next
+                    worker.ready.wait(paced_until - now)
+                    self._paced = None
+                    continue
                 self._idle.append(worker)
                 worker.ready.wait()
 
@@ -339,16 +554,21 @@ class SessionCore:
         with self.lock:
             self.engine.chunk_left(chunk)
             work = self._work_locked()
+            self.kick_locked()
             self.wake_locked()
         work.run()
 
     def kick_locked(self) -> None:
         """Wake one idle lane if a chunk waits; that one wakes the next."""
-        while self._idle and self.engine.has_chunks:
-            worker = self._idle.pop()
-            if not worker.dead:
+        if not self.engine.has_chunks or self._paced is not None:
+            return
+        for at in range(len(self._idle) - 1, -1, -1):
+            worker = self._idle[at]
+            if worker.dead or self.engine.may_send(worker.id):
+                del self._idle[at]
                 worker.ready.notify()
-                return
+                if not worker.dead:
+                    return
 
     def poke_locked(self, worker: LaneWorker) -> None:
         """Wake ``worker``'s sending thread, whatever for."""
@@ -362,13 +582,13 @@ class SessionCore:
 
     # ---- lanes: receiving --------------------------------------------------------------------------
 
-    def place(self, header: FrameHeader) -> tuple[Placement, Sink | None]:
-        """Where an arriving chunk goes; waits while its OPEN is still on its way."""
+    def place(self, lane: int, header: FrameHeader) -> tuple[Placement, Sink | None]:
+        """Where a chunk that arrives on ``lane`` goes; waits while its OPEN is still on its way."""
         with self.lock:
             deadline: float | None = None
             while True:
                 self.check_open_locked()
-                placement = self.engine.place(header.transfer, header.offset, header.length)
+                placement = self.engine.place(lane, header.transfer, header.offset, header.length)
                 if placement.verdict is not Verdict.PARK:
                     sink = self._sinks.get(header.transfer)
                     if placement.verdict is Verdict.FILL and sink is not None:
@@ -376,6 +596,8 @@ class SessionCore:
                     return placement, sink
                 now = time.monotonic()
                 deadline = deadline or now + self._park_timeout_s
+                if not self.control_up:
+                    deadline = now + self._park_timeout_s  # it cannot come now
                 if now >= deadline:
                     raise ProtocolError(f"data for transfer {header.transfer}, which was not opened in time")
                 self._opened.wait(deadline - now)
@@ -395,12 +617,13 @@ class SessionCore:
         with self.lock:
             self.check_open_locked()
             fill = self.engine.copied(placement)
+            work = self._work_locked()
             self.wake_locked()
-            if fill is None:
-                return None
-            sink = self._sinks[fill.transfer]
-            sink.prepare_locked()
-            return fill, sink
+            if fill is not None:
+                sink = self._sinks[fill.transfer]
+                sink.prepare_locked()
+        work.run()
+        return None if fill is None else (fill, sink)
 
     # ---- lanes: joining and leaving -----------------------------------------------------------------
 
@@ -409,6 +632,7 @@ class SessionCore:
         with self.lock:
             self.check_open_locked()
             self.lanes[worker.id] = worker
+            worker.stream = self.streams.joined(worker)
             self.total_lanes += 1
             self.most_lanes = max(self.most_lanes, len(self.lanes))
             self.engine.lane_joined(worker.id)
@@ -417,7 +641,10 @@ class SessionCore:
             if self.most_wanted is not None and len(self.live_lanes_locked()) > self.most_wanted:
                 worker.leave_locked()  # it was asked for before fewer were wanted
             self._fit_chunks_locked()
+            self.kick_locked()
             self.room.notify_all()
+        if worker.stream.reconnects:
+            _log.info("stream %d to %s is back over %s", worker.stream.id, self.peer, worker.lane.description)
 
     def lane_ended(self, worker: LaneWorker, error: AmstError | None, *, told: bool = False) -> None:
         """A lane left in an orderly way (``error`` None) or died; ``told``: the peer said so itself."""
@@ -425,9 +652,12 @@ class SessionCore:
             if worker.dead:
                 return
             worker.dead = True
-            worker.error = error
             self.lanes.pop(worker.id, None)
-            self.past_lanes.append(worker)
+            stream = worker.stream
+            if stream is not None and (error is None or worker.leaving):
+                self.streams.left(stream)
+            elif stream is not None:
+                stream.ended(error)
             self.bytes_sent += worker.bytes_sent
             self.bytes_received += worker.bytes_received
             self.poke_locked(worker)
@@ -438,6 +668,7 @@ class SessionCore:
                 if self.error is None and self.closing is None:
                     self.last_error = error
                     self.lane_failures += 1
+                    self.lanes_in_doubt = True
                     self.damaged_lanes += isinstance(error, IntegrityError)
                     if not told:
                         self._outbox.append(LaneLost(worker.id, error.kind, error.message))
@@ -454,21 +685,32 @@ class SessionCore:
         if self.error is not None:
             return
         if error is not None and self.closing is None:
-            _log.warning("stream %d (%s) to %s failed: %s", worker.id, worker.lane.description, self.peer, error)
+            # when a peer goes, all go at once: the first says it
+            now = time.monotonic()
+            level = logging.INFO if now - self._warned_at < QUIET_S else logging.WARNING
+            self._warned_at = now
+            number = worker.stream.id if worker.stream is not None else worker.id
+            _log.log(level, "stream %d (%s) to %s failed: %s", number, worker.lane.description, self.peer, error)
         if damaged:
             self.fail(IntegrityError(f"{MAX_DAMAGED_LANES} streams carried damaged frames: {error}", peer=self.peer))
-        elif none_left:
+            return
+        if none_left:
             last = error or "the peer closed it"
-            self._doom(BrokenError(f"every stream to {self.peer} is gone; the last one: {last}", peer=self.peer))
+            self._doom(
+                BrokenError(
+                    f"every stream to {self.peer} is gone and none came back for {self._session_timeout_s:g} s "
+                    f"(limits.session_timeout); the last one: {last}",
+                    peer=self.peer,
+                )
+            )
+        if error is not None and not worker.leaving and self.on_lane_died is not None:
+            self.on_lane_died(worker)
 
     def _doom(self, error: BrokenError) -> None:
-        """End the session with ``error``, unless a lane joins or the peer's own last word comes in a moment.
-
-        A peer that gives up aborts its lanes and says why on the control channel: either may be seen first.
-        """
+        """End the session with ``error`` after the session's timeout, unless a lane joins before."""
         with self.lock:
             if self.doom is None and not self.live_lanes_locked():
-                self.doom = (time.monotonic() + LAST_WORD_S, error)
+                self.doom = (time.monotonic() + self._session_timeout_s, error)
                 self.wakeup.set()
 
     def lane_given_up(self, incarnation: int, error: AmstError) -> None:
@@ -485,12 +727,25 @@ class SessionCore:
         """Lanes that take chunks, oldest first: both sides, asked to keep some, keep the same ones."""
         return sorted((w for w in self.lanes.values() if not w.leaving), key=lambda w: w.id)
 
-    def connection_failed(self) -> None:
-        """A lane could not be opened."""
+    def connection_failed(self, unused: LaneLost) -> None:
+        """A lane could not be opened; the peer is told that its grant was not used."""
         with self.lock:
             self.failed_connections += 1
             self.coming -= 1
+            self.tell_locked(unused)
             self.room.notify_all()
+
+    def lanes_wanted(self, count: int) -> int:
+        """How many of ``count`` dead lanes to replace: none beyond what was last wished for."""
+        with self.lock:
+            if self.error is not None or self.closing is not None:
+                return 0
+            if self.most_wanted is None:
+                return count
+            wanted = max(0, min(count, self.most_wanted - len(self.live_lanes_locked()) - self.coming))
+            if wanted < count:
+                self.streams.drop_vacant()
+            return wanted
 
     def lanes_refused(self, count: int) -> None:
         """So many of the lanes asked for will not come."""
@@ -501,7 +756,7 @@ class SessionCore:
 
     def _fit_chunks_locked(self) -> None:
         """Keep chunk size × lanes inside the scratch memory of sealing."""
-        share = self._scratch_limit // max(1, len(self.lanes)) - 8192
+        share = self.send_pool.limit // max(1, len(self.lanes)) - 8192
         size = min(self._chunk_size, max(64 << 10, share & ~0xFFFF))
         if any(worker.needs_scratch for worker in self.lanes.values()) and size != self.engine.chunk_size:
             if size < self._chunk_size:
@@ -520,7 +775,14 @@ class SessionCore:
                 match event:
                     case TransferOffered(opened):
                         self._offered_locked(opened)
+                    case PrefixGrew(transfer, end):
+                        ordered = self._sinks.get(transfer)
+                        if isinstance(ordered, OrderedSink):
+                            ordered.prefix_grew_locked(end)
                     case TransferWhole(transfer, total):
+                        if isinstance(ordered := self._sinks[transfer], OrderedSink):
+                            ordered.whole_locked(total)  # and says when it is `confirmed_locked`
+                            continue
                         sink = self._sinks.pop(transfer)
                         if self.inbox.owns(sink):
                             sink.finish(total)  # the inbox confirms it
@@ -533,13 +795,29 @@ class SessionCore:
                         reason = error_from_kind(kind, message, peer=self.peer)
                         if dropped is not None and self.inbox.owns(dropped):
                             dropped.abort(reason)
+                        elif isinstance(dropped, OrderedSink):
+                            work.quick.append(partial(dropped.abort, reason))
                         elif dropped is not None:
                             work.slow.append(partial(dropped.abort, reason))
                     case SourceDrained(transfer):
-                        if isinstance(self._outgoing[transfer].source, MemorySource):
+                        if self._outgoing[transfer].source.steady:
                             self.engine.end(transfer)  # nobody changes it meanwhile
                             continue
                         work.slow.append(partial(self._drained, transfer))
+                    case SourceReleased(transfer, end):
+                        released = self._outgoing[transfer].source
+                        if isinstance(released, OrderedSource):
+                            released.release_locked(end)
+                    case SameAsked(transfer, digest):
+                        source = self._outgoing[transfer].source
+                        comparison = partial(self._compare, transfer, source, digest)
+                        work.quick.append(partial(self.background.aside, comparison))
+                    case SameAnswered(transfer, same):
+                        asked = self._sinks.get(transfer)
+                        if asked is not None:
+                            work.slow.append(partial(self._answered, transfer, asked, same))
+                    case LaneOvertaken(lane):
+                        work.quick.append(partial(self._overtaken, lane))
                     case Progress(transfer, acknowledged):
                         out = self._outgoing.get(transfer)
                         if out is not None:
@@ -551,7 +829,7 @@ class SessionCore:
                         self.last_done_at = time.monotonic()
                         self.room.notify_all()
                         # closing a file may wait for its disk, and nobody waits for that
-                        where = work.quick if isinstance(done.source, MemorySource) else work.slow
+                        where = work.quick if done.source.steady else work.slow
                         where.append(partial(self._done, done, kind, message))
         return work
 
@@ -559,24 +837,89 @@ class SessionCore:
         try:
             if self.draining:
                 raise BusyError("this side is stopping and takes nothing new")
+            if opened.request and opened.kind != FILE:
+                raise RefusedError("only files answer a request")
             if opened.request:
                 acceptor = self._request_acceptors.get(opened.request)
             else:
                 acceptor = self._acceptors.get(opened.kind)
             if acceptor is None:
                 raise error_from_kind("refused", "nobody here takes this kind of transfer")
-            if opened.kind == FILE and opened.size == SIZE_UNKNOWN:
-                raise ProtocolError("a file of unknown size")
+            if opened.request and opened.size == SIZE_UNKNOWN:
+                raise ProtocolError("a file of unknown size answers a request")
             sink = acceptor(opened)
+            if HOLES in opened.attributes and not sink.sparse:
+                raise ProtocolError(f"transfer {opened.transfer} has holes, which nobody asked to be told of")
         except ProtocolError:
             raise
         except AmstError as err:
             self.engine.refuse(opened.transfer, err.kind, err.message)
+        else:
+            self._sinks[opened.transfer] = sink
+            if opened.attributes.get(HOLD) is True:
+                self.background.aside(partial(self._recover, opened.transfer, sink))
+            elif isinstance(sink, OrderedSink):
+                self.engine.accept(opened.transfer, window=None, ordered=True)
+            elif not self.inbox.owns(sink):
+                self.engine.accept(opened.transfer, window=FILE_WINDOW)
+        self._opened.notify_all()  # lanes wait for the answer, whatever it is
+
+    def confirmed_locked(self, transfer: int) -> None:
+        """An `OrderedSink` has all of it: tell the peer."""
+        del self._sinks[transfer]
+        self.engine.finish(transfer)
+        self.room.notify_all()
+
+    def _recover(self, transfer: int, sink: Sink) -> None:
+        """Look what is there of a file from an earlier try, and tell the sender."""
+        try:
+            found = sink.recover()
+        except AmstError as err:
+            self.settle(partial(self.engine.refuse, transfer, err.kind, err.message))
             return
-        self._sinks[opened.transfer] = sink
-        if not self.inbox.owns(sink):
-            self.engine.accept(opened.transfer, window=FILE_WINDOW)
-        self._opened.notify_all()
+        if found.digest:
+            self.settle(partial(self.engine.claim, transfer, found.digest))
+        else:
+            self.settle(partial(self.engine.accept, transfer, window=FILE_WINDOW, held=found.held))
+
+    def _compare(self, transfer: int, source: Source, digest: bytes) -> None:
+        """Is the whole file that the peer has the source?"""
+        try:
+            same = source.digest(lambda: self.error is not None or transfer not in self._outgoing) == digest
+        except AmstError as err:
+            self._reset(transfer, err.kind, err.message)
+            return
+        self.settle(partial(self.engine.answer_same, transfer, same))
+
+    def _answered(self, transfer: int, sink: Sink, same: bool) -> None:
+        if not same:
+            self.settle(partial(self.engine.accept, transfer, window=FILE_WINDOW))
+            return
+        try:
+            sink.adopt()
+        except AmstError as err:
+            self.settle(partial(self.engine.refuse, transfer, err.kind, err.message))
+            return
+        self.settle(partial(self.engine.adopted, transfer))
+
+    def settle(self, tell_engine: Callable[[], None]) -> None:
+        """Tell the engine something from a thread that holds no lock, and do what follows from it."""
+        with self.lock:
+            if self.error is not None:
+                return
+            tell_engine()
+            work = self._work_locked()
+            self._opened.notify_all()
+            self.kick_locked()
+            self.wake_locked()
+        work.run()
+
+    def _overtaken(self, lane: int) -> None:
+        worker = self.lanes.get(lane)
+        if worker is not None:
+            self.lane_ended(
+                worker, DeadlineError("what it carried came sooner as a copy over another", stream=lane, peer=self.peer)
+            )
 
     def _finish(self, transfer: int, sink: Sink, total: int) -> None:
         failure: AmstError | None = None
@@ -613,35 +956,20 @@ class SessionCore:
         out.source.close()
         out.ticket.complete(error_from_kind(kind, message, peer=self.peer) if kind else None)
 
+    def _begin(self, work: _Work) -> None:
+        """Do what is quick, and have the worker do the rest."""
+        for item in work.quick:
+            item()
+        for item in work.slow:
+            self.background.later(item)
+
     def _inbox_changed_locked(self) -> None:
         self.room.notify_all()
         self.wake_locked()
 
-    def _block_returned(self, block: Block) -> None:
-        # Called by whoever drops the last view, maybe inside the garbage collector with the lock held.
-        self._returned.append(block)
-        self.wakeup.set()
-
-    # ---- the worker ------------------------------------------------------------------------------------
-
-    def later(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on the session's worker thread, in order; for what the control loop must not wait for."""
-        with self._worker_lock:
-            if not self._worker_done:
-                if self._worker_thread is None:
-                    self._worker_thread = threading.Thread(target=self._run_worker, name="amst-worker", daemon=True)
-                    self._worker_thread.start()
-                self._worker.put(work)
-                return
-        work()
-
-    def _run_worker(self) -> None:
-        while (work := self._worker.get()) is not None:
-            try:
-                work()
-            except Exception as err:
-                _log.exception("session with %s: unexpected error", self.peer)
-                self.fail(AmstError(f"unexpected error, please report it: {err!r}", peer=self.peer))
+    def _crashed(self, err: Exception) -> None:
+        _log.error("session with %s: unexpected error", self.peer, exc_info=err)
+        self.fail(AmstError(f"unexpected error, please report it: {err!r}", peer=self.peer))
 
     # ---- the end -----------------------------------------------------------------------------------------
 
@@ -651,12 +979,17 @@ class SessionCore:
             if self.error is not None:
                 return
             error = self.closing or error
+            if self._outgoing or self.engine.sending:
+                error.delivery = self.engine.delivery()
             self.error = error
             lanes = list(self.lanes.values())
             outgoing = list(self._outgoing.values())
             self._outgoing.clear()
             sinks = [s for s in self._sinks.values() if not self.inbox.owns(s)]
             self._sinks.clear()
+            for sink in sinks:
+                if isinstance(sink, OrderedSink):
+                    sink.wake_locked()
             self.room.notify_all()
             self.ponged.notify_all()
             self._opened.notify_all()
@@ -669,7 +1002,7 @@ class SessionCore:
         if self.on_failed is not None:
             self.on_failed(error)
         # sources and sinks go when no lane touches them any more
-        self.later(lambda: self._release(lanes, outgoing, sinks, error))
+        self.background.later(lambda: self._release(lanes, outgoing, sinks, error))
 
     def _release(
         self, lanes: list[LaneWorker], outgoing: list[_Outgoing], sinks: list[Sink], error: AmstError
@@ -677,16 +1010,27 @@ class SessionCore:
         for worker in lanes:
             worker.join()
         for sink in sinks:
-            sink.abort(error)
+            sink.abort(error, keep=True)
         for out in outgoing:
             out.source.close()
             out.ticket.complete(error)
-        with self._worker_lock:
-            self._worker_done = True
-            self._worker.put(None)
+        self.background.close()
+        self.memory.close()
         if self.on_released is not None:
             self.on_released()
-        self._ended.set()
+        with self.lock:
+            self._ended.set()
+            callbacks, self._end_callbacks = self._end_callbacks, []
+        for callback in callbacks:
+            guarded(callback)
+
+    def add_end_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called once when everything `fail` set in motion has come to its end; at once if it has."""
+        with self.lock:
+            if not self._ended.is_set():
+                self._end_callbacks.append(callback)
+                return
+        guarded(callback)
 
     def wait_ended(self, timeout: float | None) -> bool:
         """Everything `fail` set in motion has come to its end."""

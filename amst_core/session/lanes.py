@@ -13,11 +13,13 @@ from collections.abc import Callable
 
 from ..engine import Chunk, Placement, Verdict
 from ..errors import AmstError, BrokenError, ProtocolError
-from ..interfaces import Lane, StreamHealth
+from ..interfaces import Lane
 from ..security.seal import FrameOpener, FrameSealer, Protection
-from ..wire.frames import FrameHeader, FrameKind
+from ..wire.frames import FrameHeader, FrameKind, decode_ack
 from .core import SessionCore
 from .endpoints import Sink, Source
+from .health import Probe
+from .streams import Stream
 
 _log = logging.getLogger("amst.session")
 _NOTHING = memoryview(b"")
@@ -44,13 +46,17 @@ class LaneWorker:
         self.protection = protection
         self.needs_scratch = protection is Protection.AEAD
         self.ready = threading.Condition(core.lock)  # something for the sending thread
-        self.frames: deque[FrameHeader] = deque()  # PING, PONG, FIN to send before any chunk
+        self.frames: deque[tuple[FrameHeader, bytes]] = deque()  # PING, PONG, FIN, ACK to send before any chunk
         self.leaving = False  # our FIN is queued or sent
         self.dead = False
-        self.error: AmstError | None = None
+        self.stream: Stream | None = None  # once it has joined
         self.bytes_sent = 0
         self.bytes_received = 0
-        self.last_active = time.monotonic()
+        self.joined_at = time.monotonic()
+        self.last_active = self.joined_at
+        self.heard_at = self.joined_at
+        self.probe: Probe | None = None  # the monitor's question that has no answer yet
+        self.suspect = False
         self.pings: dict[int, float | None] = {}  # token asked → when its answer came
         self._core = core
         self._sealer = sealer
@@ -74,25 +80,14 @@ class LaneWorker:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
 
-    def send_frame_locked(self, header: FrameHeader) -> None:
-        """Have a PING, PONG or FIN sent soon (the session's lock held)."""
-        self.frames.append(header)
+    def send_frame_locked(self, header: FrameHeader, payload: bytes = b"") -> None:
+        """Have a PING, PONG, FIN or ACK sent soon (the session's lock held)."""
+        self.frames.append((header, payload))
         self._core.poke_locked(self)
 
-    def health(self) -> StreamHealth:
-        """This stream's numbers (any thread)."""
-        return StreamHealth(
-            id=self.id,
-            transport=self.transport,
-            healthy=not self.dead,
-            bytes_sent=self.bytes_sent,
-            bytes_received=self.bytes_received,
-            last_active=self.last_active,
-            last_error=None if self.error is None else self.error.message,
-            reconnects=0,
-            consecutive_failures=1 if self.error is not None else 0,
-            path=self.lane.path_stats(),
-        )
+    @property
+    def lived_s(self) -> float:
+        return time.monotonic() - self.joined_at
 
     def _run(self, loop: Callable[[], None]) -> None:
         error: AmstError | None
@@ -117,14 +112,18 @@ class LaneWorker:
                 job = self._core.next_job(self, done)
                 if job is None:
                     return
-                if isinstance(job, FrameHeader):
-                    self.lane.send_frame(*self._sealer.seal(job, _NOTHING))
-                    if job.kind is FrameKind.FIN:
+                if isinstance(job[0], FrameHeader):
+                    header, payload = job[0], job[1]
+                    assert isinstance(payload, bytes), "a frame of the lane's own comes with its payload"
+                    self.lane.send_frame(*self._sealer.seal(header, memoryview(payload)))
+                    if header.kind is FrameKind.FIN:
                         self._half_closed()
                         return
                 else:
-                    last = job[0]
-                    self._send_chunk(*job)
+                    last, source = job[0], job[1]
+                    assert isinstance(source, Source), "a chunk comes with its source"
+                    self._send_chunk(last, source)
+                    del job, source  # while it waits, a lane holds nobody's memory
         finally:
             if last is not None:
                 self._core.chunk_left(last)
@@ -148,7 +147,9 @@ class LaneWorker:
                     except AmstError as err:
                         self._core.source_failed(chunk, err)
                         return
-                self.lane.send_frame(*self._sealer.seal(header, view, buffer=buffer))
+                sealed = self._sealer.seal(header, view, buffer=buffer)
+                view, chunk.free = None, True  # the buffer has it
+                self.lane.send_frame(*sealed)
             finally:
                 pool.release(buffer)
         self.bytes_sent += chunk.length
@@ -183,13 +184,13 @@ class LaneWorker:
         if header.kind is not FrameKind.DATA:
             arriving.placed = memoryview(bytearray(size))
             return arriving.placed
-        placement, sink = self._core.place(header)
+        placement, sink = self._core.place(self.id, header)
         arriving.placement = placement
         if placement.verdict is Verdict.FILL:
             assert sink is not None, "an accepted transfer has a sink"
             arriving.sink = sink
             arriving.target = sink.place(placement.start, placement.end)
-            if arriving.target is not None and not self._opener.overhead:
+            if arriving.target is not None and not self._opener.overhead and placement.claim(in_place=True):
                 arriving.placed = arriving.target
                 return arriving.placed
         arriving.borrow(size)
@@ -198,38 +199,41 @@ class LaneWorker:
     def _received(self, raw: bytes) -> None:
         arriving = self._arriving
         assert arriving is not None, "recv_frame returned without having asked for a place"
-        self.last_active = time.monotonic()
+        self.heard_at = self.last_active = time.monotonic()
         if arriving.header.kind is not FrameKind.DATA:
-            self._opener.open(raw, arriving.placed)
+            payload = self._opener.open(raw, arriving.placed)
             self._arriving = None
-            self._own_frame(arriving.header)
+            self._own_frame(arriving.header, payload)
             return
-        plain = self._opener.open(raw, arriving.placed, into=arriving.target if arriving.buffer is not None else None)
-        self.bytes_received += arriving.header.length
-        placement, sink = arriving.placement, arriving.sink
+        placement, sink, target = arriving.placement, arriving.sink, arriving.target
         assert placement is not None, "DATA has a placement"
-        if placement.verdict is Verdict.COPY:
+        # memory is written while it is received, or now; a copy over another lane may have come first
+        in_place = arriving.buffer is None
+        fills = placement.verdict is Verdict.FILL and (in_place or placement.claim())
+        plain = self._opener.open(raw, arriving.placed, into=target if fills and not in_place else None)
+        self.bytes_received += arriving.header.length
+        if not fills:
             needed = self._core.copied(placement)
             if needed is not None:
                 placement, sink = needed
                 arriving.placement = placement  # from here on it is filled by this lane
+                fills = True
                 target = sink.place(placement.start, placement.end)
                 if target is not None:
                     target[:] = plain
-                    sink = None
         failure: AmstError | None = None
-        if placement.verdict is Verdict.FILL and sink is not None and arriving.target is None:
+        if fills and sink is not None and target is None:
             try:
                 sink.store(placement.start, plain)
             except AmstError as err:
                 failure = err
         self._arriving = None
-        arriving.target = None
+        arriving.target = target = None
         arriving.release()
-        if placement.verdict is Verdict.FILL:
+        if fills:
             self._core.placed(placement, intact=failure is None, failure=failure)
 
-    def _own_frame(self, header: FrameHeader) -> None:
+    def _own_frame(self, header: FrameHeader, payload: memoryview) -> None:
         """A frame about the lane itself."""
         match header.kind:
             case FrameKind.PING:
@@ -242,6 +246,8 @@ class LaneWorker:
                     if header.offset in self.pings:
                         self.pings[header.offset] = time.monotonic()
                         self._core.ponged.notify_all()
+            case FrameKind.ACK:
+                self._core.receive_reports(*decode_ack(bytes(payload)))
             case FrameKind.FIN:
                 self._fin_received = True
                 with self._core.lock:

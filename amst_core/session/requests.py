@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 
-from ..errors import AmstError, DeadlineError, error_from_kind
+from ..errors import AmstError, CancelledError, DeadlineError, error_from_kind
 from ..wire.fields import AttributeValue
 from ..wire.messages import Reply, Request
 from .core import Acceptor, SessionCore
+from .tickets import guarded
 
 
 class PendingRequest:
@@ -22,16 +23,19 @@ class PendingRequest:
         self._done = threading.Event()
         self._reply: Reply | None = None
         self._error: AmstError | None = None
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
 
     def wait(self, timeout: float | None = None) -> Mapping[str, AttributeValue]:
         """The reply's attributes.
 
         Raises:
             AmstError: the peer refused, or the session ended.
+            CancelledError: it was given up.
             DeadlineError: no reply within ``timeout`` seconds.
         """
         if not self._done.wait(timeout):
-            raise DeadlineError(f"{self._core.peer} did not answer within {timeout} s", peer=self._core.peer)
+            raise self.late(timeout)
         if self._error is not None:
             raise copy(self._error)
         assert self._reply is not None, "done without a reply or an error"
@@ -39,9 +43,35 @@ class PendingRequest:
             raise error_from_kind(self._reply.kind, self._reply.message, peer=self._core.peer)
         return self._reply.attributes
 
+    def late(self, timeout: float | None) -> DeadlineError:
+        """What `wait` raises when there is no reply after ``timeout`` seconds."""
+        return DeadlineError(f"{self._core.peer} did not answer within {timeout} s", peer=self._core.peer)
+
+    def answered_within(self, timeout: float) -> bool:
+        """Wait for the reply; false when there is none after ``timeout`` seconds."""
+        return self._done.wait(timeout)
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called once on completion, at once when that has been; it must return quickly."""
+        with self._lock:
+            if not self._done.is_set():
+                self._callbacks.append(callback)
+                return
+        guarded(callback)
+
+    def cancel(self) -> None:
+        """Wait for the reply no more; the peer does what it was asked to all the same."""
+        self.complete(None, CancelledError("nobody waits for the answer any more"))
+
     def complete(self, reply: Reply | None, error: AmstError | None) -> None:
-        self._reply, self._error = reply, error
-        self._done.set()
+        with self._lock:
+            if self._done.is_set():
+                return
+            self._reply, self._error = reply, error
+            self._done.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            guarded(callback)
 
 
 class Requests:
@@ -53,6 +83,8 @@ class Requests:
         self._numbers = itertools.count(1)
         self._pending: dict[int, PendingRequest] = {}
         self._ended: AmstError | None = None
+        self.list_turn = threading.Lock()
+        """Held while a page of a list is asked for: a peer answers few at once, and says busy to more."""
 
     def ask(
         self, operation: str, attributes: Mapping[str, AttributeValue], *, acceptor: Acceptor | None = None

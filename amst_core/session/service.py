@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -9,20 +10,33 @@ from copy import copy
 from dataclasses import replace
 from typing import Final
 
-from ..errors import AmstError, BusyError, NotFoundError, ProtocolError, RefusedError, StorageError
-from ..files.entries import Entry, EntryType, WalkError, from_attributes, join_path, to_attributes
+from ..errors import AmstError, BusyError, CancelledError, NotFoundError, ProtocolError, RefusedError, StorageError
+from ..files.entries import MAX_PATH, Entry, EntryType, WalkError, from_attributes, join_path, split_path, to_attributes
+from ..files.listing import Listing
 from ..files.root import Root
 from ..wire import requests as ops
 from ..wire.fields import AttributeValue
-from ..wire.messages import FILE, Open, Reply, Request
-from .core import SessionCore
+from ..wire.messages import FILE, HOLD, HOLES, SIZE_UNKNOWN, Open, Reply, Request
+from .core import MIN_RATE, SessionCore
 from .endpoints import FileContent, MemorySource, Sink, Source, TreeEntrySink
+from .listing import describe
 from .tickets import Ticket
 
 _NOTHING: Final = memoryview(b"")
 
+MAX_OPERATION: Final = 32
+"""Of the name of an operation, so much is looked at."""
+
+MAX_QUEUED: Final = 1024
+"""Questions of one peer that may wait for the disk at once."""
+
+_KNOWN: Final = (ops.PATH, ops.RATE, HOLD, HOLES, ops.AFTER, ops.RECURSIVE)
+
 MAX_LONG_RUNNING: Final = 32
-"""Walks through a tree (downloads, measurements) that one session may have under way at once."""
+"""Walks through a tree (downloads, measurements, pages of lists) that one session may have under way at once."""
+
+MAX_LISTS: Final = 4
+"""Of those, pages of lists: each is an answer of some length that a peer may leave unread."""
 
 
 class FileService:
@@ -31,23 +45,46 @@ class FileService:
     def __init__(self, core: SessionCore, root: Root | None) -> None:
         self._core = core
         self._root = root
+        self._listing = Listing(root) if root is not None else None
+        self._lists = 0
+        self._queued = 0  # counted up by the control loop and down by the worker: a bound, not to the last one
         core.accept_kind(FILE, self._accept)
 
     def handle(self, request: Request) -> None:
         """Answer a request of the peer; returns at once."""
+        # what waits for its turn keeps the little that it needs of a message that may be long
+        request = replace(
+            request,
+            operation=request.operation[:MAX_OPERATION],
+            attributes={key: request.attributes[key] for key in _KNOWN if key in request.attributes},
+        )
+        for key in (ops.PATH, ops.AFTER):
+            path = request.attributes.get(key)
+            if isinstance(path, bytes) and len(path) > MAX_PATH:
+                self._reply(request, StorageError(f"a path of {len(path)} bytes; {MAX_PATH} are allowed"))
+                return
         match request.operation:
             case ops.STAT:
-                self._core.later(lambda: self._answer(request, self._stat))
+                self._queue(request, self._stat)
+            case ops.LOOK:
+                self._queue(request, self._look)
+            case ops.LIST:
+                self._in_thread(request, self._list, is_list=True)
             case ops.FETCH:
                 self._in_thread(request, self._fetch)
             case ops.MEASURE:
                 self._in_thread(request, self._measure)
+            case ops.PACE:
+                self._answer(request, self._pace)
             case other:
                 self._reply(request, ProtocolError(f"operation {other!r} is unknown here"))
 
     def _accept(self, opened: Open) -> Sink:
-        entry = from_attributes(opened.attributes, size=opened.size)
-        return TreeEntrySink(self._required_root(), entry.path, entry)
+        open_ended = opened.size == SIZE_UNKNOWN
+        entry = from_attributes(opened.attributes, size=0 if open_ended else opened.size)
+        if open_ended and entry.type is not EntryType.FILE:
+            raise ProtocolError(f"entry of type {entry.type.value} cannot have a size that is not known")
+        return TreeEntrySink(self._core, self._required_root(), entry.path, entry, open_ended=open_ended)
 
     def _required_root(self) -> Root:
         if self._root is None:
@@ -61,25 +98,72 @@ class FileService:
             raise NotFoundError("there is nothing of that name")
         return {**to_attributes(entry), ops.SIZE: entry.size}
 
-    def _in_thread(self, request: Request, act: Callable[[Request], dict[str, AttributeValue]]) -> None:
+    def _pace(self, request: Request) -> dict[str, AttributeValue]:
+        rate = request.attributes.get(ops.RATE)
+        if type(rate) is not int or rate < 0:
+            raise ProtocolError(f"{request.operation} with a rate that is no number of bytes")
+        self._core.limit_rate_for_peer(max(rate, MIN_RATE) if rate else None)
+        return {}
+
+    def _look(self, request: Request) -> dict[str, AttributeValue]:
+        return {ops.PRESENT: is_present(self._required_root(), _path(request))}
+
+    def _list(self, request: Request) -> dict[str, AttributeValue]:
+        self._required_root()
+        assert self._listing is not None, "there is a root"
+        after, recursive = request.attributes.get(ops.AFTER, b""), request.attributes.get(ops.RECURSIVE, False)
+        if not isinstance(after, bytes) or type(recursive) is not bool:
+            raise ProtocolError(f"{request.operation} with {ops.AFTER!r} or {ops.RECURSIVE!r} of another type")
+        if len(split_path(after)) > 1 and not recursive:
+            raise ProtocolError(f"{request.operation} of one directory, after a path below it")
+        page = bytearray()
+        entries = self._listing.entries(_path(request), after=after, recursive=recursive)
+        with contextlib.closing(entries):
+            for found in entries:
+                page += ops.encode_entry(describe(found))
+                if len(page) >= ops.PAGE_BYTES or self._core.error is not None:
+                    return {ops.ENTRIES: bytes(page), ops.MORE: True}
+        return {ops.ENTRIES: bytes(page), ops.MORE: False}
+
+    def _queue(self, request: Request, act: Callable[[Request], dict[str, AttributeValue]]) -> None:
+        if self._queued >= MAX_QUEUED:
+            self._reply(request, BusyError(f"more than {MAX_QUEUED} questions of one session at once"))
+            return
+        self._queued += 1
+
+        def run() -> None:
+            self._queued -= 1
+            self._answer(request, act)
+
+        self._core.background.later(run)
+
+    def _in_thread(
+        self, request: Request, act: Callable[[Request], dict[str, AttributeValue]], *, is_list: bool = False
+    ) -> None:
         core = self._core
         with core.lock:
             refusal = (
                 "this side is stopping and takes nothing new" if core.draining
                 else f"more than {MAX_LONG_RUNNING} tree operations in one session" if core.serving >= MAX_LONG_RUNNING
+                else f"more than {MAX_LISTS} lists in one session" if is_list and self._lists >= MAX_LISTS
                 else None
             )  # fmt: skip
             core.serving += refusal is None
+            self._lists += is_list and refusal is None
         if refusal is not None:
             self._reply(request, BusyError(refusal))
             return
 
         def run() -> None:
+            reply = None
             try:
-                self._answer(request, act)
+                reply = self._outcome(request, act)
             finally:
                 with core.lock:
                     core.serving -= 1
+                    self._lists -= is_list
+                    if reply is not None:
+                        core.tell_locked(reply)  # not before: who is answered may ask again at once
                     core.room.notify_all()
 
         threading.Thread(target=run, name=f"amst-{request.operation}", daemon=True).start()
@@ -87,8 +171,11 @@ class FileService:
     def _fetch(self, request: Request) -> dict[str, AttributeValue]:
         root = self._required_root()
         path = _path(request)
+        on_hold, sparse = request.attributes.get(HOLD, False), request.attributes.get(HOLES, False)
+        if type(on_hold) is not bool or type(sparse) is not bool:
+            raise ProtocolError(f"{request.operation} with {HOLD!r} or {HOLES!r} that is neither true nor false")
         # what fails on the way the peer learns entry by entry
-        TreeSender(self._core, root, path, request=request.request).send(b"")
+        TreeSender(self._core, root, path, request=request.request, on_hold=on_hold, sparse=sparse).send(b"")
         return {}
 
     def _measure(self, request: Request) -> dict[str, AttributeValue]:
@@ -96,15 +183,20 @@ class FileService:
         return {ops.TOTAL_BYTES: total, ops.TOTAL_FILES: files}
 
     def _answer(self, request: Request, act: Callable[[Request], dict[str, AttributeValue]]) -> None:
+        self._core.tell(self._outcome(request, act))
+
+    def _outcome(self, request: Request, act: Callable[[Request], dict[str, AttributeValue]]) -> Reply:
         try:
-            attributes = act(request)
+            return Reply(request.request, "", "", act(request))
         except AmstError as err:
-            self._reply(request, err)
-        else:
-            self._core.tell(Reply(request.request, "", "", attributes))
+            return _refusal(request, err)
 
     def _reply(self, request: Request, err: AmstError) -> None:
-        self._core.tell(Reply(request.request, err.kind, err.message, {}))
+        self._core.tell(_refusal(request, err))
+
+
+def _refusal(request: Request, err: AmstError) -> Reply:
+    return Reply(request.request, err.kind, err.message, {})
 
 
 def _path(request: Request) -> bytes:
@@ -118,16 +210,30 @@ class TreeSender:
     """Sends what lies at ``path`` below ``root``: a file, a link, or a directory with all that is in it.
 
     Files travel many at once; directories follow when everything below them has arrived, so that their
-    modes and times stay what they are told to be.
+    modes and times stay what they are told to be. With ``on_hold`` the peer is asked, file by file, what it has; with
+    ``sparse`` the holes of files are left out.
     """
 
-    def __init__(self, core: SessionCore, root: Root, path: bytes, *, request: int = 0) -> None:
+    def __init__(
+        self,
+        core: SessionCore,
+        root: Root,
+        path: bytes,
+        *,
+        request: int = 0,
+        on_hold: bool = False,
+        sparse: bool = True,
+    ) -> None:
+        self._on_hold = on_hold
+        self._sparse = sparse
+        self._stopping = False
+        self._given_up = False
         self._core = core
         self._root = root
         self._path = path
         self._request = request
         self._completed: queue.SimpleQueue[tuple[Entry, Ticket]] = queue.SimpleQueue()
-        self._open_count = 0
+        self._under_way: dict[Ticket, Entry] = {}
         self.on_progress: Callable[[int], None] | None = None  # more bytes acknowledged
         self.on_done: Callable[[Entry, AmstError | None], None] | None = None
 
@@ -141,6 +247,8 @@ class TreeSender:
         failures: list[tuple[bytes, AmstError]] = []
         directories: list[Entry] = []
         for found in self._root.walk(self._path):
+            if self._stopping:
+                break
             try:
                 if isinstance(found, WalkError):
                     raise found.error
@@ -148,17 +256,33 @@ class TreeSender:
                     directories.append(found)
                 else:
                     self._open(found, target)
-            except (NotFoundError, RefusedError, StorageError) as err:
+            except (NotFoundError, RefusedError, StorageError, CancelledError) as err:
                 failures.append((found.path, err))
                 if self._request:
                     self._report(found.path, err, target)
             self._reap(failures, wait=False)
         self._reap(failures, wait=True)
-        for directory in directories:
+        for directory in directories if not self._stopping else ():
             self._open(directory, target)
             self._reap(failures, wait=False)
         self._reap(failures, wait=True)
         return failures
+
+    def stop(self) -> None:
+        """Begin nothing new; `send` returns when what is under way has ended (any thread)."""
+        self._stopping = True
+
+    def cancel(self) -> None:
+        """Give up what is under way, too: the peer removes what it has of it (any thread)."""
+        self._stopping = self._given_up = True
+        with self._core.lock:
+            self._core.room.notify_all()  # it may wait to open the next one
+        for ticket in list(self._under_way):
+            ticket.cancel()
+
+    def unfinished(self) -> list[tuple[Entry, Ticket]]:
+        """What was under way when the session ended."""
+        return [(entry, ticket) for ticket, entry in self._under_way.items() if ticket.error is not None]
 
     def _open(self, entry: Entry, target: bytes) -> None:
         here = join_path(self._path, entry.path)
@@ -166,8 +290,14 @@ class TreeSender:
         if entry.type is EntryType.FILE:
             file = self._root.open_source(here)
             # what counts is the open file, not the name that was listed a moment ago
-            entry = replace(entry, size=file.size, mtime_ns=file.mtime_ns, mode=file.mode & 0o7777)
-            source = FileContent(file)
+            entry = replace(
+                entry, size=file.size, mtime_ns=file.mtime_ns, mode=file.mode & 0o7777, identity=file.identity
+            )
+            try:
+                source = FileContent(file, sparse=self._sparse)
+            except BaseException:
+                file.close()
+                raise
         else:
             source = MemorySource(_NOTHING)
         self._track(
@@ -180,12 +310,16 @@ class TreeSender:
                 request=self._request,
                 attributes=to_attributes(replace(entry, path=join_path(target, entry.path))),
                 on_progress=self._counter() if self.on_progress is not None else None,
+                on_hold=self._on_hold and entry.type is EntryType.FILE,
+                given_up=lambda: self._given_up,
             ),
         )
 
     def _track(self, entry: Entry, ticket: Ticket) -> None:
-        self._open_count += 1
+        self._under_way[ticket] = entry
         ticket.add_done_callback(lambda done: self._completed.put((entry, done)))
+        if self._given_up:
+            ticket.cancel()  # `cancel` may have come before it was among those under way
 
     def _counter(self) -> Callable[[int, int], None]:
         seen = 0
@@ -211,12 +345,12 @@ class TreeSender:
 
     def _reap(self, failures: list[tuple[bytes, AmstError]], *, wait: bool) -> None:
         """Account for completed transfers; with ``wait`` for all that are open."""
-        while self._open_count and (wait or not self._completed.empty()):
+        while self._under_way and (wait or not self._completed.empty()):
             entry, ticket = self._completed.get()
-            self._open_count -= 1
+            if ticket.error is not None and self._core.error is not None:
+                raise copy(self._core.error)
+            del self._under_way[ticket]
             if ticket.error is not None:
-                if self._core.error is not None:
-                    raise copy(self._core.error)
                 failures.append((entry.path, ticket.error))
             if self.on_done is not None:
                 self.on_done(entry, ticket.error)
@@ -235,15 +369,28 @@ class _Unreadable(Source):
         raise self._error
 
 
-def measure(root: Root, path: bytes) -> tuple[int, int]:
+def measure(root: Root, path: bytes, *, given_up: Callable[[], bool] = lambda: False) -> tuple[int, int]:
     """Bytes and number of the files and links at and below ``path``; what cannot be read does not count.
 
     Raises:
         NotFoundError, RefusedError, StorageError: nothing can be read at ``path``.
+        CancelledError: ``given_up()`` became true.
     """
     total = files = 0
     for found in root.walk(path):
+        if given_up():
+            raise CancelledError("nobody waits for the sizes any more")
         if not isinstance(found, WalkError) and found.type is not EntryType.DIRECTORY:
             total += found.size
             files += 1
     return total, files
+
+
+def is_present(root: Root, path: bytes) -> bool:
+    """Whether something lies at ``path``, whole or begun, that a copy to it might go on from."""
+    if root.stat(path) is not None:
+        return True
+    try:
+        return root.has_partial(path)
+    except NotFoundError:
+        return False

@@ -6,31 +6,38 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from ..engine.engine import MAX_CHANNEL
 from ..errors import (
     AmstError,
+    AuthError,
     ClosedError,
     DeadlineError,
     ProtocolError,
     UsageError,
     error_from_kind,
 )
-from ..files.entries import Entry, from_attributes, normalise_user_path
+from ..files.entries import Entry, WalkError, from_attributes, normalise_user_path
+from ..files.partial import PartialPolicy
 from ..files.root import Root
 from ..interfaces import SessionMetrics, StreamHealth
+from ..process import Foreign, own
 from ..wire import requests as ops
 from ..wire.frames import FrameHeader, FrameKind
 from ..wire.messages import MESSAGE, Close, LaneGrant, LaneLost, LaneRequest, Message, Reply, Request
-from .control_loop import ControlLoop
-from .copying import ProgressCallback, download, raise_first, upload
-from .core import SessionCore
+from .control_loop import Connection, ControlLoop
+from .copying import ProgressCallback, Stop, download, raise_first, upload
+from .core import MIN_RATE, SessionCore
 from .endpoints import MemorySource
-from .requests import Requests
+from .health import LaneMonitor
+from .listing import listed
+from .pipes import PipeReader, Pipes, PipeWriter
+from .requests import PendingRequest, Requests
 from .service import FileService
 from .telemetry import Telemetry
 from .tickets import Ticket
@@ -47,11 +54,31 @@ CLOSE_TIMEOUT_S: Final = 30.0
 GOODBYE_S: Final = 2.0
 """How long the peer has to hang up after CLOSE."""
 
-MAX_CHANNEL: Final = 255
-"""Longest name of a channel, in bytes of UTF-8."""
+_GONE_S: Final = 2.0
+
+DRAIN_LOOK_S: Final = _GONE_S / 4
+"""How often `drain` looks whether the peer is gone."""
+"""A peer without any connection for so long is not waited for when this side stops."""
 
 HEALTH_TIMEOUT_S: Final = 5.0
 ADJUST_TIMEOUT_S: Final = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """A session's limits, in bytes, numbers and seconds.
+
+    ``timeout_s``: without a control channel, or without a stream, for so long it ends. ``check_interval_s``: how often
+    each stream is asked for a sign of life. ``stuck_s``: how long a stream may answer nothing though its path works.
+    ``partials``: what becomes of half-done files here.
+    """
+
+    max_message: int
+    max_streams: int
+    timeout_s: float
+    check_interval_s: float
+    stuck_s: float
+    partials: PartialPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +91,8 @@ class SessionReport:
     transport_reason: str
     most_streams: int
     acknowledged_bytes: int
+    verified_bytes: int
+    resumed_bytes: int
     first_offered_at: float | None
     last_done_at: float | None
 
@@ -90,15 +119,17 @@ class Session:
         channel: ControlChannel,
         *,
         session_id: str,
+        secret: bytes,
         encrypted: bool,
         root: Root | None,
-        max_message: int,
-        max_streams: int,
+        limits: SessionLimits,
         mode: str,
         on_lane_request: Callable[[Session, LaneRequest], None],
         on_end: Callable[[Session], None],
     ) -> None:
         self.id = session_id
+        self.secret = secret
+        self.epoch = 0
         self.peer = core.peer
         self.core = core
         self.opener: LaneOpener | None = None
@@ -106,21 +137,70 @@ class Session:
         self.transport_reason = ""
         self.setup_seconds = 0.0
         self._encrypted = encrypted
-        self._max_message = max_message
-        self.max_streams = max_streams
+        self._max_message = limits.max_message
+        self.max_streams = limits.max_streams
+        self.partials = limits.partials
         self._on_lane_request = on_lane_request
         self.requests = Requests(core)
         self._service = FileService(core, root)
+        self._pipes = Pipes(core)
         self._telemetry = Telemetry(core, session_id=session_id, mode=mode)
-        self._loop = ControlLoop(core, channel, self._handle, tick=self._telemetry.sample)
-        self._health_checked_at: float | None = None
+        self._monitor = LaneMonitor(core, interval_s=limits.check_interval_s, stuck_s=limits.stuck_s)
+        self._loop = ControlLoop(
+            core, channel, self._handle, tick=self._tick, next_tick=self._next_tick, timeout_s=limits.timeout_s
+        )
+        self.on_lane_lost: Callable[[int], None] | None = None
+        self._epochs = threading.Lock()
         self._adjusting = threading.Lock()
+        self._foreign: Foreign | None = None
+        own(self)
         core.on_failed = self._session_failed
         core.on_released = lambda: on_end(self)
+
+    def forked(self, foreign: Foreign) -> None:
+        """This is a forked child's copy: refuse to work."""
+        self._foreign = foreign
+        self.core = self.requests = self._telemetry = self._monitor = self._pipes = foreign  # type: ignore[assignment]
 
     def start(self) -> None:
         """Begin to exchange messages; called once, by whoever made the session."""
         self._loop.start()
+
+    # ---- the control channel, when it is replaced (for `api`) ------------------------------------
+
+    @property
+    def received(self) -> int:
+        """Counted messages of the peer that were taken in; stands still while there is no control channel."""
+        return self._loop.received
+
+    def redial_with(self, redial: Callable[[AmstError], None]) -> None:
+        """Have ``redial`` begin to look for a new control channel whenever one is lost (the opener's side)."""
+        self._loop.redial = redial
+
+    def yield_channel(self, epoch: int, timeout_s: float) -> int:
+        """Give up the control channel for the one of ``epoch``; see `handshake.Resumable`."""
+        with self._epochs:
+            if epoch <= self.epoch:
+                raise AuthError(f"epoch {epoch} of the session is over, the last one was {self.epoch}")
+            self.epoch = epoch
+            # inside: whoever comes with an earlier epoch must not take the channel of a later one
+            return self._loop.give_up_connection(timeout_s)
+
+    def go_on(self, channel: ControlChannel, received: int, *, epoch: int) -> None:
+        """Go on over ``channel``; the peer had taken in ``received`` messages of ours. An overtaken one is closed."""
+        with self._epochs:
+            if epoch == self.epoch:
+                self._loop.connect(Connection(channel, received))
+                return
+        channel.abort()
+
+    def _tick(self, now: float) -> None:
+        self._telemetry.sample(now)
+        self._monitor.tick(now)
+        self.core.look_for_late(now)
+
+    def _next_tick(self) -> float:
+        return self._monitor.deadline
 
     # ---- messages ------------------------------------------------------------------------------
 
@@ -129,13 +209,32 @@ class Session:
 
         The ticket completes when the peer holds it whole and verified. ``bytes`` are sent from where they
         are; anything mutable is copied first, unless ``borrow`` promises that it stays unchanged until the
-        ticket completes. Messages of one ``channel`` are received in the order they were sent.
+        ticket completes. Where ``limits.memory`` has no room for the copy, it is sent as it is, and this returns
+        when that is done. Messages of one ``channel`` are received in the order they were sent.
 
         Raises:
             UsageError: longer than ``limits.max_message``; files and pipes have no such limit.
             AmstError: the session has ended.
         """
-        _check_channel(channel)
+        view = self.message_view(data, channel)
+        if borrow or isinstance(data, bytes):
+            return self.open_message(view, channel)
+        size = view.nbytes
+        if not self.core.reserve_copy(size):
+            ticket = self.open_message(view, channel)
+            ticket.settle()
+            return ticket
+        try:
+            ticket = self.open_message(memoryview(view.tobytes()), channel)
+        except BaseException:
+            self.core.release_copy(size)
+            raise
+        ticket.add_done_callback(lambda _: self.core.release_copy(size))
+        return ticket
+
+    def message_view(self, data: bytes | bytearray | memoryview, channel: str) -> memoryview:
+        """The bytes of a message for ``channel`` (for `send`, and for `aio`); raises `UsageError` as `send` does."""
+        check_channel(channel)
         view = memoryview(data)
         if not view.c_contiguous:
             view = memoryview(view.tobytes())
@@ -145,21 +244,20 @@ class Session:
                 f"a message of {view.nbytes} bytes is longer than limits.max_message ({self._max_message}); "
                 "send it as a file, or in several messages"
             )
-        if borrow or isinstance(data, bytes):
-            return self._send(view, channel)
-        size = view.nbytes
-        self.core.reserve_copy(size)
-        try:
-            ticket = self._send(memoryview(view.tobytes()), channel)
-        except BaseException:
-            self.core.release_copy(size)
-            raise
-        ticket.add_done_callback(lambda _: self.core.release_copy(size))
-        return ticket
+        return view
 
-    def _send(self, view: memoryview, channel: str) -> Ticket:
-        source = MemorySource(view)
-        return self.core.open(MESSAGE, source, size=view.nbytes, flow=("message", channel), channel=channel)
+    def open_message(
+        self, view: memoryview, channel: str, *, when_room: Callable[[], None] | None = None
+    ) -> Ticket:
+        """Send ``view`` as it is; with ``when_room`` without waiting: see `SessionCore.open`."""
+        return self.core.open(
+            MESSAGE,
+            MemorySource(view),
+            size=view.nbytes,
+            flow=("message", channel),
+            channel=channel,
+            when_room=when_room,
+        )
 
     def recv(self, channel: str = "", *, timeout: float | None = None) -> memoryview:
         """The next message of ``channel``, in the order the peer sent them, waiting for it.
@@ -172,6 +270,36 @@ class Session:
         """
         return self.core.inbox.receive(channel, timeout)
 
+    # ---- pipes -----------------------------------------------------------------------------------
+
+    @property
+    def pipes(self) -> Pipes:
+        """For `aio`."""
+        return self._pipes
+
+    def open_pipe(self, channel: str = "") -> PipeWriter:
+        """Begin a pipe: ordered bytes of any length, written bit by bit and spread over all streams.
+
+        The peer takes it with `accept_pipe`. Waits while the peer takes no more transfers.
+
+        Raises:
+            UsageError: ``channel`` is no name for a channel.
+            AmstError: the session has ended.
+        """
+        check_channel(channel)
+        return self._pipes.open(channel)
+
+    def accept_pipe(self, channel: str = "", *, timeout: float | None = None) -> PipeReader:
+        """The next pipe of ``channel``, in the order the peer opened them, waiting for it.
+
+        One that its writer gave up before it was accepted is passed over.
+
+        Raises:
+            DeadlineError: none within ``timeout`` seconds.
+            AmstError: the session has ended.
+        """
+        return self._pipes.accept(channel, timeout)
+
     # ---- files -----------------------------------------------------------------------------------
 
     def send_file(
@@ -180,16 +308,17 @@ class Session:
         remote: str | bytes,
         *,
         progress: Callable[[int, int | None], None] | None = None,
+        stop: Stop | None = None,
     ) -> None:
         """Copy a file, link or directory to ``remote``, a path below the peer's root, and wait for it.
 
         ``progress(bytes_done, bytes_total)`` is called from a thread of the session; the total is None until
-        it is known.
+        it is known. ``stop`` lets another thread end the copy early.
 
         Raises:
             AmstError: the first thing that failed; what could be copied was.
         """
-        raise_first(upload(self, [(local, _remote(remote))], progress=_counted(progress)))
+        raise_first(upload(self, [(local, remote_path(remote))], progress=_counted(progress), stop=stop))
 
     def recv_file(
         self,
@@ -197,20 +326,42 @@ class Session:
         local: str | bytes | os.PathLike[str],
         *,
         progress: Callable[[int, int | None], None] | None = None,
+        stop: Stop | None = None,
     ) -> None:
         """Copy ``remote``, a path below the peer's root, to ``local`` and wait for it; as `send_file`."""
-        raise_first(download(self, [(_remote(remote), local)], progress=_counted(progress)))
+        raise_first(download(self, [(remote_path(remote), local)], progress=_counted(progress), stop=stop))
 
     def stat(self, remote: str | bytes, *, timeout: float | None = 60.0) -> Entry | None:
         """What is at ``remote`` below the peer's root (a link is a link), None when there is nothing."""
+        return self.told_stat(self.ask_stat(remote), timeout)
+
+    def ask_stat(self, remote: str | bytes) -> PendingRequest:
+        """Ask what `stat` tells; give what this returns to `told_stat` once it is answered."""
+        return self.requests.ask(ops.STAT, {ops.PATH: remote_path(remote)})
+
+    def told_stat(self, asked: PendingRequest, timeout: float | None) -> Entry | None:
+        """The peer's answer to `ask_stat`, waiting for it."""
         try:
-            reply = self.requests.ask(ops.STAT, {ops.PATH: _remote(remote)}).wait(timeout)
+            reply = asked.wait(timeout)
         except AmstError as err:
             if err.kind == "not_found":
                 return None
             raise
         size = reply.get(ops.SIZE)
         return from_attributes(reply, size=size if type(size) is int else 0)
+
+    def list(self, remote: str | bytes, *, recursive: bool = False) -> Iterator[Entry | WalkError]:
+        """What is at ``remote`` below the peer's root, then what is in it, ``recursive``: all below it.
+
+        Sorted component by component; paths are relative to ``remote``, whose own entry comes first and has none.
+        A link is a link. What the peer cannot tell (no permission, no file, directory or link) comes as `WalkError`.
+        Goes page by page as it is used, so that it may be of any length; what comes or goes meanwhile may be missing.
+
+        Raises:
+            NotFoundError, RefusedError: there is nothing, or it cannot be listed (by the iterator, as all errors).
+            AmstError: the session ended, or the peer said what makes no sense.
+        """
+        return listed(self.requests, remote_path(remote), recursive=recursive)
 
     # ---- streams and health ----------------------------------------------------------------------
 
@@ -271,15 +422,46 @@ class Session:
                 if left <= 0 or core.error is not None:
                     break
                 core.ponged.wait(left)
-            answers = {w.id: w.pings.pop(token) for w in workers}
+            answers = {w.stream.id: w.pings.pop(token) for w in workers if w.stream is not None}
         trips = {id: None if answered is None else answered - started for id, answered in answers.items()}
-        self._health_checked_at = time.monotonic()
+        self._monitor.checked_at = time.monotonic()
         healthy = core.error is None and bool(trips) and all(t is not None for t in trips.values())
-        return HealthReport(healthy, trips, tuple(w.health() for w in workers))
+        return HealthReport(healthy, trips, self.streams())
+
+    def streams(self) -> tuple[StreamHealth, ...]:
+        """Each stream's health and numbers (requirements A3); one whose lane is being replaced is not healthy."""
+        with self.core.lock:
+            shown = self.core.streams.shown()
+        return tuple(stream.health() for stream in shown)
+
+    def limit_rate(self, bytes_per_s: float | None) -> None:
+        """Send at most so many payload bytes per second from now on, over all streams; None: without a limit.
+
+        Raises:
+            UsageError: less than 16 KiB/s.
+        """
+        if bytes_per_s is not None and bytes_per_s < MIN_RATE:
+            raise UsageError(f"a limit of {bytes_per_s:g} bytes/s; {MIN_RATE} is the least")
+        self.core.limit_rate(bytes_per_s)
+
+    def limit_peer_rate(self, bytes_per_s: float | None, *, timeout: float | None = 60.0) -> None:
+        """Have the peer send at most so many payload bytes per second to this side; as `limit_rate`.
+
+        Raises:
+            UsageError: less than 16 KiB/s.
+            AmstError: the session ended, or the peer did not answer.
+        """
+        self.ask_peer_rate(bytes_per_s).wait(timeout)
+
+    def ask_peer_rate(self, bytes_per_s: float | None) -> PendingRequest:
+        """Ask for what `limit_peer_rate` waits for; raises `UsageError` as it does."""
+        if bytes_per_s is not None and bytes_per_s < MIN_RATE:
+            raise UsageError(f"a limit of {bytes_per_s:g} bytes/s; {MIN_RATE} is the least")
+        return self.requests.ask(ops.PACE, {ops.RATE: 0 if bytes_per_s is None else int(bytes_per_s)})
 
     def metrics(self) -> SessionMetrics:
         """The session's numbers now (requirements A2, A3); works after its end too."""
-        return self._telemetry.read(self._health_checked_at)
+        return self._telemetry.read(self._monitor.checked_at)
 
     @property
     def report(self) -> SessionReport:
@@ -292,6 +474,8 @@ class Session:
             transport_reason=self.transport_reason,
             most_streams=core.most_lanes,
             acknowledged_bytes=core.engine.bytes_acknowledged,
+            verified_bytes=core.engine.bytes_verified,
+            resumed_bytes=core.engine.bytes_resumed,
             first_offered_at=core.first_offered_at,
             last_done_at=core.last_done_at,
         )
@@ -314,30 +498,36 @@ class Session:
     def drain(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
         """Take nothing new and wait until all that is under way, in both directions, has ended.
 
+        A peer that is gone is not waited for: what it sent is kept for its next try.
+
         Raises:
-            DeadlineError: ``timeout`` seconds were not enough.
+            DeadlineError: ``timeout`` seconds were not enough, or the peer is gone; says what was not finished.
         """
+        self.drained(time.monotonic() + timeout, timeout)
+
+    def drained(self, deadline: float, timeout: float, *, when_room: Callable[[], None] | None = None) -> None:
+        """`drain`, with ``timeout`` to name in its error; with ``when_room`` this never waits: see `Room`."""
         core = self.core
-        deadline = time.monotonic() + timeout
         with core.lock:
             core.draining = True
             while core.error is None and (core.engine.sending or core.engine.receiving or core.serving):
                 left = deadline - time.monotonic()
-                if left <= 0:
-                    raise DeadlineError(
-                        f"{core.engine.sending} transfers to and {core.engine.receiving} from {self.peer} were not "
-                        f"finished within {timeout:g} s",
-                        peer=self.peer,
-                    )
-                core.room.wait(left)
+                gone = core.is_gone(_GONE_S)
+                if left <= 0 or gone:
+                    why = "its connection was lost" if gone else f"{timeout:g} s were not enough"
+                    raise DeadlineError(f"not finished with {self.peer}, for {why}: {core.describe_open_locked()}",
+                                        peer=self.peer)  # fmt: skip
+                core.room.wait_or_watch(when_room, min(left, DRAIN_LOOK_S))
 
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
         """Deliver what is under way, then end the session. Idempotent.
 
         Raises:
-            DeadlineError: ``timeout`` seconds were not enough; the session is ended all the same, and the
-                message says how many transfers were not delivered.
+            DeadlineError: ``timeout`` seconds were not enough; the session is ended all the same. The message says
+                how much was not delivered, its ``delivery`` which transfers.
         """
+        if self._foreign is not None:
+            return  # the parent's session is not ours to end
         late: list[Ticket] = []
         if self.core.error is None:
             deadline = time.monotonic() + timeout
@@ -352,14 +542,18 @@ class Session:
         self.core.close(GOODBYE_S)
         self._join()
         if late:
-            raise DeadlineError(
+            error = DeadlineError(
                 f"closed with {len(late)} transfers ({sum(t.size for t in late)} bytes) not delivered to "
                 f"{self.peer} within {timeout:g} s",
                 peer=self.peer,
             )
+            error.delivery = self.core.error.delivery if self.core.error is not None else None
+            raise error
 
     def abort(self) -> None:
         """End the session now; what is under way is dropped on both sides. Never blocks, never raises."""
+        if self._foreign is not None:
+            return
         self.core.fail(ClosedError(f"this side aborted the session with {self.peer}", peer=self.peer))
 
     @property
@@ -371,6 +565,13 @@ class Session:
         """Wait for the session's end, by whichever side; false when it lives on after ``timeout`` seconds."""
         return self.core.wait_ended(timeout)
 
+    def add_end_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called once when the session has ended and let go of all it had; at once if it has.
+
+        It runs on a thread of the session and must return quickly.
+        """
+        self.core.add_end_callback(callback)
+
     def __enter__(self) -> Self:
         return self
 
@@ -379,7 +580,7 @@ class Session:
     ) -> None:
         if kind is None:
             self.close()
-        else:
+        elif self._foreign is None:
             self.abort()
             self._join()
 
@@ -391,8 +592,9 @@ class Session:
 
     def _session_failed(self, error: AmstError) -> None:
         self.requests.end(error)
+        self._pipes.end()
         if self.opener is not None:
-            self.opener.wake()
+            self.opener.end()
 
     def _handle(self, message: Message) -> None:
         """A control message (on the control loop's thread)."""
@@ -407,19 +609,21 @@ class Session:
             case LaneLost(incarnation, kind, text):
                 told = error_from_kind(kind, f"the peer gave it up: {text}", peer=self.peer)
                 self.core.lane_given_up(incarnation, told)
+                if self.on_lane_lost is not None:
+                    self.on_lane_lost(incarnation)
             case Request():
                 self._service.handle(message)
             case Reply():
                 self.requests.replied(message)
             case Close(kind, text):
-                if kind:
-                    raise error_from_kind(kind, f"{self.peer} ended the session: {text}", peer=self.peer)
-                self.core.fail(ClosedError(f"{self.peer} closed the session", peer=self.peer))
+                ended = error_from_kind(kind, f"{self.peer} ended the session: {text}", peer=self.peer)
+                closed = ClosedError(f"{self.peer} closed the session", peer=self.peer, retryable=True)
+                self.core.fail(ended if kind else closed)
             case _:
                 self.core.receive(message)
 
 
-def _check_channel(channel: str) -> None:
+def check_channel(channel: str) -> None:
     try:
         size = len(channel.encode())
     except UnicodeEncodeError as err:
@@ -434,5 +638,5 @@ def _counted(progress: Callable[[int, int | None], None] | None) -> ProgressCall
     return lambda state: progress(state.bytes_done, state.bytes_total)
 
 
-def _remote(path: str | bytes) -> bytes:
+def remote_path(path: str | bytes) -> bytes:
     return normalise_user_path(path.encode("utf-8", "surrogateescape") if isinstance(path, str) else path)

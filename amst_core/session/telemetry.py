@@ -36,10 +36,9 @@ class Telemetry:
         now = time.monotonic()
         self.sample(now)
         with core.lock:
-            live = [worker for worker in core.lanes.values() if not worker.leaving]
-            # after the end: what the lanes were when they left
-            shown = live or list(core.past_lanes)
-        streams = tuple(worker.health() for worker in shown)
+            live = core.live_lanes_locked()
+            shown = core.streams.shown()
+        streams = tuple(stream.health() for stream in shown)
         paths = [stream.path for stream in streams]
         sent, received = self._totals()
         throughput = self._throughput(now, sent, received)

@@ -52,9 +52,13 @@ class Ticket:
             AmstError: it failed, and why.
         """
         if not self._done.wait(timeout):
-            raise DeadlineError(f"not delivered within {timeout} s ({self._acknowledged} of {self.size} bytes are)")
+            raise self.late(timeout)
         if self._error is not None:
             raise copy(self._error)
+
+    def late(self, timeout: float | None) -> DeadlineError:
+        """What `wait` raises when it is not delivered after ``timeout`` seconds."""
+        return DeadlineError(f"not delivered within {timeout} s ({self._acknowledged} of {self.size} bytes are)")
 
     def cancel(self) -> None:
         """Give the transfer up: the peer drops what it has of it. No effect once completed."""
@@ -69,7 +73,7 @@ class Ticket:
             if not self._done.is_set():
                 self._callbacks.append(callback)
                 return
-        _call(callback, self)
+        guarded(callback, self)
 
     # ---- for the session --------------------------------------------------------------------
 
@@ -77,10 +81,18 @@ class Ticket:
         """The peer holds so many bytes (quick; the session's lock held)."""
         self._acknowledged = acknowledged
 
+    def settle(self) -> None:
+        """Wait until it has completed, either way; cancelled if that is interrupted."""
+        try:
+            self._done.wait()
+        except BaseException:
+            self.cancel()
+            raise
+
     def report(self, acknowledged: int) -> None:
         """Tell the application so (no lock held)."""
         if self.on_progress is not None and not self._done.is_set():
-            _call(self.on_progress, acknowledged, self.size)
+            guarded(self.on_progress, acknowledged, self.size)
 
     def complete(self, error: AmstError | None) -> None:
         with self._lock:
@@ -92,13 +104,13 @@ class Ticket:
             self._done.set()
             callbacks, self._callbacks = self._callbacks, []
         if self.on_progress is not None and error is None:
-            _call(self.on_progress, self.size, self.size)
+            guarded(self.on_progress, self.size, self.size)
         for callback in callbacks:
-            _call(callback, self)
+            guarded(callback, self)
 
 
-def _call(callback: Callable[..., None], *args: object) -> None:
-    """What the application's code raises on a thread of the session concerns neither."""
+def guarded(callback: Callable[..., None], *args: object) -> None:
+    """Call it: what the application's code raises on a thread of the session concerns neither."""
     try:
         callback(*args)
     except Exception:

@@ -21,13 +21,23 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from ..errors import ConfigError, UsageError
 from ..units import shown
-from .registry import BY_NAME, KEYS, PLUGINS, PREFIX, RELATIONS, Key, Value, variable
-from .values import AmstSettings, LimitSettings, ModeSettings, SecuritySettings, Settings, TransportSettings
+from .registry import BY_NAME, KEYS, PLUGINS, PREFIX, RELATIONS, Key, variable
+from .values import (
+    AmstSettings,
+    FileSettings,
+    LimitSettings,
+    ModeSettings,
+    SecuritySettings,
+    Settings,
+    TransportSettings,
+)
 
 OVERRIDE: Final = "--set"
 """What faults in ``overrides`` give as their source."""
 
-_DEFAULT: Final = "default"
+DEFAULT: Final = "default"
+"""The source of what nobody has set."""
+
 _SUFFIXES: Final = (".yaml", ".yml", ".toml")
 _SECTIONS: Final = frozenset(
     part for key in KEYS for part in (key.section.partition(".")[0], key.section)
@@ -73,14 +83,15 @@ class SettingsError(ConfigError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Leaf:
-    """A checked value and where it came from, opaque to dynaconf."""
+class Leaf:
+    """A checked value and where it came from, opaque to dynaconf; ``follows`` is the setting that moved a default."""
 
     value: object
     source: str
+    follows: str = ""
 
 
-_Tree: TypeAlias = dict[str, Any]
+Tree: TypeAlias = dict[str, Any]
 """Leaves by section, nested."""
 
 
@@ -90,7 +101,7 @@ class _Store(Protocol):
     def get(self, key: str) -> Any: ...
 
     def update(
-        self, data: _Tree, *, loader_identifier: str, merge: bool, dotted_lookup: bool, validate: bool
+        self, data: Tree, *, loader_identifier: str, merge: bool, dotted_lookup: bool, validate: bool
     ) -> None: ...
 
 
@@ -122,12 +133,27 @@ def load_settings(
     Raises:
         SettingsError: lists every fault of every source.
     """
+    leaves, plugins = resolve(files=files, overrides=overrides, environ=environ)
+    return _build({name: leaf.value for name, leaf in leaves.items()}, _thaw(plugins))
+
+
+def resolve(
+    *,
+    files: Sequence[Path | str] = (),
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Leaf], Tree]:
+    """The values in force with their sources, as `load_settings` finds them, and the tree of the plugins' options.
+
+    Raises:
+        SettingsError: lists every fault of every source.
+    """
     faults: list[Fault] = []
     store = _new_store()
-    layer: _Tree = {}
+    layer: Tree = {}
     for key in KEYS:
-        _put(layer, key.name.split("."), _Leaf(key.default, _DEFAULT))
-    _merge(store, layer, _DEFAULT)
+        _put(layer, key.name.split("."), Leaf(key.default, DEFAULT))
+    _merge(store, layer, DEFAULT)
     for name, source in (
         *((os.fspath(file), _from_file(file, faults)) for file in files),
         ("environment", _from_environ(os.environ if environ is None else environ)),
@@ -143,7 +169,7 @@ def load_settings(
     faults += _relate(leaves, {fault.key for fault in faults})
     if faults:
         raise SettingsError(faults)
-    return _build({name: leaf.value for name, leaf in leaves.items()}, _thaw(store.get(PLUGINS) or {}))
+    return leaves, store.get(PLUGINS) or {}
 
 
 def check_file(path: Path | str) -> None:
@@ -298,7 +324,7 @@ def _line_of(path: tuple[str, ...], lines: Mapping[str, int]) -> int | None:
 # ---- checking ------------------------------------------------------------------------------
 
 
-def _take(layer: _Tree, given: _Given) -> Fault | None:
+def _take(layer: Tree, given: _Given) -> Fault | None:
     """Check one value and put it into its source's layer; the fault if it cannot be used."""
     key = BY_NAME.get(given.name)
     if key is not None:
@@ -307,13 +333,13 @@ def _take(layer: _Tree, given: _Given) -> Fault | None:
         except UsageError as err:
             problem = f"has no value; it {err}" if given.value is None else str(err)
             return Fault(given.name, given.value, given.source, problem)
-        _put(layer, given.path, _Leaf(value, given.source))
+        _put(layer, given.path, Leaf(value, given.source))
         return None
     if given.path[0] != PLUGINS:
         return Fault(given.name, given.value, given.source, _unknown(given))
     try:
         _check_plugin(given.path)
-        _put(layer, given.path, _Leaf(_freeze(_scalar(given), _DEPTH), given.source))
+        _put(layer, given.path, Leaf(_freeze(_scalar(given), _DEPTH), given.source))
     except UsageError as err:
         return Fault(given.name, given.value, given.source, str(err))
     return None
@@ -358,7 +384,7 @@ def _scalar(given: _Given) -> object:
     return value if isinstance(value, bool | int | float) else text
 
 
-def _relate(leaves: dict[str, _Leaf], faulty: Set[str]) -> Iterator[Fault]:
+def _relate(leaves: dict[str, Leaf], faulty: Set[str]) -> Iterator[Fault]:
     """Hold the values against each other; defaults that yield are moved in ``leaves``."""
     for relation in RELATIONS:
         if relation.small in faulty or relation.large in faulty:
@@ -366,10 +392,10 @@ def _relate(leaves: dict[str, _Leaf], faulty: Set[str]) -> Iterator[Fault]:
         small, large = leaves[relation.small], leaves[relation.large]
         if _number(small) * relation.share <= _number(large):
             continue
-        if relation.yields == relation.small and small.source == _DEFAULT:
-            leaves[relation.small] = _Leaf(int(_number(large)) // relation.share, _DEFAULT)
-        elif relation.yields == relation.large and large.source == _DEFAULT:
-            leaves[relation.large] = _Leaf(int(_number(small)) * relation.share, _DEFAULT)
+        if relation.yields == relation.small and small.source == DEFAULT:
+            leaves[relation.small] = Leaf(int(_number(large)) // relation.share, DEFAULT, relation.large)
+        elif relation.yields == relation.large and large.source == DEFAULT:
+            leaves[relation.large] = Leaf(int(_number(small)) * relation.share, DEFAULT, relation.small)
         else:
             key, other = BY_NAME[relation.small], BY_NAME[relation.large]
             part = "" if relation.share == 1 else f"1/{relation.share} of "
@@ -377,7 +403,7 @@ def _relate(leaves: dict[str, _Leaf], faulty: Set[str]) -> Iterator[Fault]:
             yield Fault(key.name, key.show(_number(small)), small.source, f"must be at most {limit}")
 
 
-def _number(leaf: _Leaf) -> Value:
+def _number(leaf: Leaf) -> int | float:
     assert isinstance(leaf.value, int | float)
     return leaf.value
 
@@ -397,11 +423,11 @@ def _new_store() -> _Store:
     return store
 
 
-def _merge(store: _Store, layer: _Tree, source: str) -> None:
+def _merge(store: _Store, layer: Tree, source: str) -> None:
     store.update(layer, loader_identifier=source, merge=True, dotted_lookup=False, validate=False)
 
 
-def _put(layer: _Tree, path: Sequence[str], leaf: _Leaf) -> None:
+def _put(layer: Tree, path: Sequence[str], leaf: Leaf) -> None:
     node = layer
     for part in path[:-1]:
         inner = node.get(part)
@@ -411,11 +437,11 @@ def _put(layer: _Tree, path: Sequence[str], leaf: _Leaf) -> None:
     node[path[-1]] = leaf
 
 
-def _leaf(store: _Store, key: Key) -> _Leaf:
+def _leaf(store: _Store, key: Key) -> Leaf:
     node = store.get(key.name.split(".")[0])
     for part in key.name.split(".")[1:]:
         node = node[part]
-    assert isinstance(node, _Leaf)
+    assert isinstance(node, Leaf)
     return node
 
 
@@ -446,5 +472,6 @@ def _build(values: Mapping[str, object], plugins: Mapping[str, Mapping[str, obje
         ),
         security=SecuritySettings(**section("security")),
         limits=LimitSettings(**section("limits")),
+        files=FileSettings(**section("files")),
         plugins=plugins,
     )

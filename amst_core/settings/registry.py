@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 from ..errors import UsageError
 from ..units import format_duration, format_size, parse_duration, parse_size
 
-Value: TypeAlias = int | float | bool
+Value: TypeAlias = int | float | bool | str
 
 PREFIX: Final = "AMST_"
 """What the names of environment variables start with."""
@@ -29,6 +29,7 @@ _GIB: Final = 1024 * _MIB
 _TIB: Final = 1024 * _GIB
 _MINUTE_S: Final = 60.0
 _HOUR_S: Final = 3600.0
+_DAY_S: Final = 24 * _HOUR_S
 
 _WHOLE: Final = re.compile(r"\+?[0-9]{1,18}")
 _WORDS: Final = {
@@ -45,19 +46,24 @@ class Kind(enum.StrEnum):
     SIZE = "size"
     DURATION = "duration"
     FLAG = "true or false"
+    WORD = "word"
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One setting. ``default``, ``low`` and ``high`` (inclusive) are in bytes, seconds or plain numbers."""
+    """One setting. ``default``, ``low`` and ``high`` (inclusive) are in bytes, seconds or plain numbers.
+
+    A word has ``words`` to choose from instead of bounds.
+    """
 
     name: str
     kind: Kind
     default: Value
     help: str
     example: str
-    low: Value = False
-    high: Value = True
+    low: int | float = False
+    high: int | float = True
+    words: tuple[str, ...] = ()
 
     @property
     def section(self) -> str:
@@ -74,9 +80,20 @@ class Key:
         """What may be written, as one phrase."""
         if self.kind is Kind.FLAG:
             return self.kind.value
+        if self.kind is Kind.WORD:
+            return self.bounds
         unit = " KiB" if self.kind is Kind.KIB else ""
         what = {Kind.SIZE: "a size", Kind.DURATION: "a duration"}.get(self.kind, "an integer")
-        return f"{what} from {self.show(self.low)} to {self.show(self.high)}{unit}, such as {self.example}"
+        return f"{what} from {self.bounds}{unit}, such as {self.example}"
+
+    @property
+    def bounds(self) -> str:
+        """What limits the value, as the documentation has it; empty for a truth value."""
+        if self.kind is Kind.FLAG:
+            return ""
+        if self.kind is Kind.WORD:
+            return ", ".join(self.words[:-1]) + " or " + self.words[-1]
+        return f"{self.show(self.low)} to {self.show(self.high)}"
 
     def parse(self, value: object) -> Value:
         """Read a value from a file, a variable or an argument into this key's natural unit.
@@ -88,7 +105,7 @@ class Key:
             read = self._read(value)
         except UsageError:
             read = None
-        if read is None or not self.low <= read <= self.high:
+        if read is None or not (isinstance(read, str) or self.low <= read <= self.high):
             raise UsageError(f"must be {self.allowed}")
         return read
 
@@ -96,6 +113,8 @@ class Key:
         """Write a value of this key as a settings file has it."""
         if self.kind is Kind.FLAG:
             return "true" if value else "false"
+        if isinstance(value, str):
+            return value
         if self.kind is Kind.SIZE:
             return format_size(int(value))
         if self.kind is Kind.DURATION:
@@ -107,6 +126,9 @@ class Key:
             if isinstance(value, str):
                 return _WORDS.get(value.strip().lower())
             return value if isinstance(value, bool) else None
+        if self.kind is Kind.WORD:
+            word = value.strip().lower() if isinstance(value, str) else None
+            return word if word in self.words else None
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return None
         if self.kind is Kind.DURATION:
@@ -148,6 +170,8 @@ KEYS: Final = (
         help="How long a stream may pause in the middle of a frame before it counts as broken."),
     Key("transport.amst.write_timeout", Kind.DURATION, 60.0, low=1.0, high=_HOUR_S, example="60s",
         help="How long sending on a stream may make no progress before it counts as broken."),
+    Key("transport.amst.health_check_interval", Kind.DURATION, 10.0, low=0.1, high=_HOUR_S, example="5s",
+        help="How often each stream is asked for a sign of life; after an error all are asked at once."),
     Key("transport.modes.datacenter_streams", Kind.COUNT, 16, low=1, high=512, example="32",
         help="Streams a session starts with in datacenter mode; from `transport.amst.min_streams` to"
              " `transport.amst.max_streams`, and the default moves into that range."),
@@ -156,7 +180,7 @@ KEYS: Final = (
     Key("security.allow_plaintext", Kind.FLAG, False, example="true",
         help="A server grants plaintext to peers that are not on its loopback interface."),
     Key("limits.memory", Kind.SIZE, 192 * _MIB, low=32 * _MIB, high=_TIB, example="2GiB",
-        help="Memory for buffers that AMST allocates, in the whole process."),
+        help="Memory for buffers: of a server, with all its sessions together; of a client, for each session."),
     Key("limits.max_message", Kind.SIZE, 64 * _MIB, low=_KIB, high=_GIB, example="16MiB",
         help="Largest message; larger data goes as a pipe or file. At most half of `limits.memory`, and the default"
              " shrinks to that."),
@@ -166,8 +190,18 @@ KEYS: Final = (
         help="Sessions a server holds at once."),
     Key("limits.lanes", Kind.COUNT, 2048, low=1, high=65536, example="4096",
         help="Streams a server holds at once, over all sessions."),
+    Key("limits.unauthenticated", Kind.COUNT, 256, low=8, high=65536, example="512",
+        help="Connections to a server that have not proven themselves yet; beyond it the oldest of them is closed for"
+             " the newest."),
     Key("limits.handshake_timeout", Kind.DURATION, 10.0, low=1.0, high=5 * _MINUTE_S, example="5s",
         help="How long a new connection has to prove itself before it is closed."),
+    Key("limits.session_timeout", Kind.DURATION, 60.0, low=1.0, high=_HOUR_S, example="5min",
+        help="How long a session goes on without its control connection, or without any stream, before it is lost."),
+    Key("files.fsync", Kind.WORD, "never", words=("never", "end", "always"), example="end",
+        help="When received files are forced to the disk: never by AMST; each before it is confirmed; or also every"
+             " part of it before it counts for resuming after a power cut."),
+    Key("files.keep_partial", Kind.DURATION, 7 * _DAY_S, low=_MINUTE_S, high=365 * _DAY_S, example="2d",
+        help="How long what a broken copy left stays beside its target to be continued."),
 )  # fmt: skip
 
 BY_NAME: Final[Mapping[str, Key]] = MappingProxyType({key.name: key for key in KEYS})
@@ -212,7 +246,7 @@ def describe() -> tuple[Row, ...]:
             name=key.name,
             kind=key.kind.value,
             default=key.show(key.default),
-            bounds="" if key.kind is Kind.FLAG else f"{key.show(key.low)} to {key.show(key.high)}",
+            bounds=key.bounds,
             example=key.example,
             help=key.help,
         )

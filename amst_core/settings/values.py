@@ -20,6 +20,7 @@ class AmstSettings:
     connect_timeout: float
     read_timeout: float
     write_timeout: float
+    health_check_interval: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,17 @@ class LimitSettings:
     open_transfers: int
     sessions: int
     lanes: int
+    unauthenticated: int
     handshake_timeout: float
+    session_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class FileSettings:
+    """``files.*``: ``fsync`` is a word of `amst_core.files.journal.Fsync`, ``keep_partial`` in seconds."""
+
+    fsync: str
+    keep_partial: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +75,5 @@ class Settings:
     transport: TransportSettings
     security: SecuritySettings
     limits: LimitSettings
+    files: FileSettings
     plugins: Mapping[str, Mapping[str, object]] = field(hash=False)

@@ -128,6 +128,10 @@ def _record(*parts: Codec) -> Codec:
     )
 
 
+SPANS: Final = _many(_record(_U64, _U64), 16)
+CREDITS: Final = _many(_record(_U64, _U64), 16)
+HELD: Final = _many(_record(_U64, _U64, SPANS), 20)
+
 AttributeValue: TypeAlias = int | str | bytes | bool
 _ATTRIBUTE_TYPES: Final[tuple[tuple[type, Codec], ...]] = (
     (int, _I64),
@@ -156,22 +160,29 @@ def _decode_attributes(reader: Reader) -> dict[str, AttributeValue]:
     return attributes
 
 
+ATTRIBUTES: Final = Codec(_encode_attributes, _decode_attributes)
+
 U8 = Annotated[int, _U8]
 U16 = Annotated[int, _U16]
 U32 = Annotated[int, _U32]
 U64 = Annotated[int, _U64]
+Truth = Annotated[bool, _BOOL]
 Bytes = Annotated[bytes, _BYTES]
 Text = Annotated[str, _SHORT_TEXT]
 Prose = Annotated[str, _PROSE]
 """Text for people, cut to `PROSE_SIZE` bytes when it is sent."""
-Attributes = Annotated[Mapping[str, AttributeValue], Codec(_encode_attributes, _decode_attributes)]
+Attributes = Annotated[Mapping[str, AttributeValue], ATTRIBUTES]
 Span: TypeAlias = tuple[int, int]
 """``(start, end)``, end exclusive."""
+Spans = Annotated[tuple[Span, ...], SPANS]
 U16s = Annotated[tuple[int, ...], _many(_U16, 2)]
-Credits = Annotated[tuple[tuple[int, int], ...], _many(_record(_U64, _U64), 16)]
+Credits = Annotated[tuple[tuple[int, int], ...], CREDITS]
 Addresses = Annotated[tuple[tuple[str, int, str], ...], _many(_record(_SHORT_TEXT, _U16, _SHORT_TEXT), 6)]
-Held = Annotated[
-    tuple[tuple[int, int, tuple[Span, ...]], ...],
-    _many(_record(_U64, _U64, _many(_record(_U64, _U64), 16)), 20),
-]
+Held = Annotated[tuple[tuple[int, int, tuple[Span, ...]], ...], HELD]
 """Per transfer: its id, the contiguous prefix held, and the spans held beyond it."""
+
+
+def are_in_order(spans: tuple[Span, ...], size: int) -> bool:
+    """None is empty, each begins at or behind the end of the one before it, and the last ends within ``size``."""
+    ends = (0, *(end for _, end in spans))
+    return all(at <= start < end <= size for at, (start, end) in zip(ends, spans, strict=False))

@@ -16,6 +16,8 @@ from typing import Final, Self
 
 from ..errors import ProtocolError
 from ..interfaces import HEADER_SIZE
+from .fields import CREDITS, HELD, Reader
+from .messages import Ack, Credit
 
 WIRE_VERSION: Final = 1
 MAX_OFFSET: Final = (1 << 63) - 1
@@ -23,6 +25,9 @@ MAX_OFFSET: Final = (1 << 63) - 1
 
 MAX_CHUNK: Final = 16 << 20
 """Largest payload of one frame that any peer may negotiate."""
+
+MAX_ACK: Final = 64 << 10
+"""Largest payload of an ACK frame."""
 
 TAG_SIZE: Final = 16
 """Bytes that sealing adds to a payload (the AES-GCM tag)."""
@@ -37,12 +42,12 @@ class FrameKind(enum.IntEnum):
     PING = 2
     PONG = 3
     FIN = 4
-    ACK = 5  # reserved: acknowledgement on a lane
+    ACK = 5  # acknowledgements and credit, where the control channel does not get through
     CHALLENGE = 16
     ADMIT = 17
 
 
-_BUILT: Final = frozenset(FrameKind) - {FrameKind.ACK}
+_KINDS: Final = frozenset(FrameKind)
 ADMISSION_KINDS: Final = frozenset({FrameKind.CHALLENGE, FrameKind.ADMIT})
 
 
@@ -57,8 +62,9 @@ class FrameFlags(enum.IntFlag):
 class FrameHeader:
     """A decoded frame header.
 
-    For DATA, ``transfer``/``offset``/``length`` name the span; PING and PONG carry a token in ``offset``;
-    ADMIT carries the incarnation in ``transfer``. ``wire_length`` counts the payload as sent (tag included).
+    For DATA, ``transfer``/``offset``/``length`` name the span, for ACK ``length`` is the payload's; PING and PONG
+    carry a token in ``offset``; ADMIT carries the incarnation in ``transfer``. ``wire_length`` counts the payload as
+    sent (tag included).
     """
 
     kind: FrameKind
@@ -85,8 +91,8 @@ class FrameHeader:
         version, kind, flags, check, transfer, offset, length, wire_length = _HEADER.unpack(raw)
         if version != WIRE_VERSION:
             raise ProtocolError(f"frame version {version} is not spoken here (this side speaks {WIRE_VERSION})")
-        if kind not in _BUILT:
-            raise ProtocolError(f"frame kind {kind} is unknown or not built yet")
+        if kind not in _KINDS:
+            raise ProtocolError(f"frame kind {kind} is unknown")
         if flags:
             raise ProtocolError(f"frame flags {flags:#x} are unknown or not built yet")
         if length > MAX_CHUNK or wire_length > MAX_CHUNK + TAG_SIZE:
@@ -96,9 +102,29 @@ class FrameHeader:
                 raise ProtocolError("DATA frame without bytes")
             if offset + length > MAX_OFFSET:
                 raise ProtocolError(f"span {offset}+{length} passes the largest offset")
+        elif kind == FrameKind.ACK:
+            if not 1 <= length <= MAX_ACK:
+                raise ProtocolError(f"ACK frame of {length} bytes; {MAX_ACK} are allowed")
         elif length:
             raise ProtocolError(f"{FrameKind(kind).name} frame names a span")
         return cls(FrameKind(kind), transfer, offset, length, wire_length, check)
+
+
+def encode_ack(ack: Ack, credit: Credit) -> bytes:
+    """The payload of an ACK frame: the fields of both messages, one after the other."""
+    return HELD.encode(ack.held) + CREDITS.encode(credit.limits)
+
+
+def decode_ack(payload: bytes) -> tuple[Ack, Credit]:
+    """Read the payload of an ACK frame.
+
+    Raises:
+        ProtocolError: it is not exactly those two fields.
+    """
+    reader = Reader(payload)
+    ack, credit = Ack(HELD.decode(reader)), Credit(CREDITS.decode(reader))
+    reader.finish()
+    return ack, credit
 
 
 def with_check(header: bytes, check: int) -> bytes:

@@ -13,7 +13,27 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeAlias
 
 from ..errors import ProtocolError
-from .fields import U8, U16, U32, U64, Addresses, Attributes, Bytes, Codec, Credits, Held, Prose, Reader, Text, U16s
+from .fields import (
+    SPANS,
+    U8,
+    U16,
+    U32,
+    U64,
+    Addresses,
+    Attributes,
+    Bytes,
+    Codec,
+    Credits,
+    Held,
+    Prose,
+    Reader,
+    Span,
+    Spans,
+    Text,
+    Truth,
+    U16s,
+    are_in_order,
+)
 
 PROTOCOL_VERSION: Final = 1
 SIZE_UNKNOWN: Final = (1 << 64) - 1
@@ -22,6 +42,15 @@ MAX_RECORD: Final = 1 << 20
 MAX_RECORD_UNPROVEN: Final = 4096
 _PREFIX: Final = struct.Struct("!IB")
 
+
+HOLD: Final = "hold"
+"""Attribute of a FILE's OPEN, true: the sender waits for OPENED before it sends any of its bytes."""
+
+HOLES: Final = "holes"
+"""Attribute of a FILE's OPEN: encoded spans that read as zeros, and are not sent. Of a FETCH, true: tell of them."""
+
+MAX_HOLES: Final = 1024
+"""Holes that an OPEN may name: whoever receives it keeps them all."""
 
 # transfer kinds (Open.kind)
 MESSAGE: Final = 1
@@ -100,6 +129,39 @@ class Open:
     request: U64
     channel: Text
     attributes: Attributes
+
+
+def holes_of(opened: Open) -> tuple[Span, ...]:
+    """The spans of a file that are not sent, because they are zeros.
+
+    Raises:
+        ProtocolError: not such a file, or no such spans.
+    """
+    value = opened.attributes.get(HOLES)
+    if value is None:
+        return ()
+    if opened.kind != FILE or opened.size == SIZE_UNKNOWN or not isinstance(value, bytes):
+        raise ProtocolError(f"OPEN of transfer {opened.transfer} with an attribute {HOLES!r} that makes no sense")
+    reader = Reader(value)
+    holes: tuple[Span, ...] = SPANS.decode(reader)
+    reader.finish()
+    if len(holes) > MAX_HOLES or not are_in_order(holes, opened.size):
+        raise ProtocolError(f"OPEN of transfer {opened.transfer} with too many holes, or out of order, or past its end")
+    return holes
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Answer to the OPEN of a file on hold: what the receiver has of it.
+
+    ``held`` are spans kept from an earlier try and verified again; ``digest``, the SHA-256 of a whole file that
+    has its name already, asks for a `Same`. Both empty: nothing is there.
+    """
+
+    TYPE: ClassVar[int] = 8
+    transfer: U64
+    held: Spans
+    digest: Bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +261,42 @@ class Missing:
     length: U32
 
 
+@dataclass(frozen=True, slots=True)
+class Same:
+    """Sender: the file whose digest `Opened` told is (not) the source; if it is, all of it counts as held."""
+
+    TYPE: ClassVar[int] = 22
+    transfer: U64
+    same: Truth
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """In a handshake that takes a session up again: the epoch, how much came through before, the proof of S."""
+
+    TYPE: ClassVar[int] = 23
+    epoch: U64
+    received: U64
+    mac: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """So many of the peer's counted messages have been taken in since the session began."""
+
+    TYPE: ClassVar[int] = 24
+    count: U64
+
+
 Message: TypeAlias = (
-    Hello | Proof | Params | LaneRequest | LaneGrant | LaneLost | Open | Ack | Credit | End | Result | Reset
-    | Request | Reply | Ping | Pong | Close | Missing
+    Hello | Proof | Params | LaneRequest | LaneGrant | LaneLost | Open | Opened | Ack | Credit | End | Result | Reset
+    | Request | Reply | Ping | Pong | Close | Missing | Same | Resume | Seen
 )  # fmt: skip
 
-RESERVED: Final = {8: "OPENED", 18: "PROPOSE", 19: "ACCEPT"}
+UNCOUNTED: Final = (Ack, Credit, Ping, Pong, Close, Seen)
+"""Messages that are not sent again after the control channel was lost: later ones make up for them."""
+
+RESERVED: Final = {18: "PROPOSE", 19: "ACCEPT"}
 """Numbers kept for what is designed and not built yet."""
 
 

@@ -11,8 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,14 +111,6 @@ def serving(
         log.seek(0)
         assert line.startswith("listening on "), f"{line!r}; {log.read()}"
         yield Serving(process, line.split()[2], root)
-
-
-def wait_for(condition: Callable[[], object], what: str, *, timeout_s: float = 30.0) -> None:
-    """Look until ``condition`` holds."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.01)
 
 
 def make_shell(home: Path) -> Shell:

@@ -15,14 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
-from .conftest import TIMEOUT_S, Serving, Shell, ended, make_shell, on_a_terminal, read_terminal, serving, wait_for
+from amst_core.wire.messages import MAX_HOLES
+
+from .conftest import TIMEOUT_S, Serving, Shell, ended, make_shell, on_a_terminal, read_terminal, serving
 from .test_cli_options import KEYS
 
 pytestmark = pytest.mark.needs_transport
 
 LONG = 64 << 30
-"""Bytes of a file (with nothing in it) that takes longer to copy than any test waits."""
+"""Bytes of a file (with almost nothing in it) that takes longer to copy than any test waits."""
 
 
 @pytest.fixture(scope="module")
@@ -402,16 +405,19 @@ def test_a_server_of_another_kind_is_4(place, tmp_path):
 
 
 def make_long(path: Path) -> Path:
+    """Far more than any test waits for, on little of the disk: with so many holes that most of them are sent."""
     with open(path, "wb") as file:
+        for at in range(0, LONG, LONG // (8 * MAX_HOLES)):
+            os.pwrite(file.fileno(), b"x", at)
         file.truncate(LONG)
     return path
 
 
-def arriving(directory: Path) -> bool:
-    """Whether some of a file has come into ``directory``, under whatever name."""
+def arriving(directory: Path, *, least: int = 1) -> bool:
+    """Whether ``least`` bytes of a file have come into ``directory``, under whatever name."""
     for path in directory.iterdir():
         try:
-            if path.stat().st_blocks:
+            if path.stat().st_blocks * 512 >= least:
                 return True
         except FileNotFoundError:
             continue  # it was there a moment ago
@@ -430,14 +436,20 @@ def test_a_signal_ends_a_copy_and_nothing_partial_has_its_final_name(direction, 
     else:
         make_long(there / "long")
         locations, target = (f"{server.url}/there/long", here), here
-    with ended(amst.start("cp", "--json", *locations)) as process:
-        wait_for(lambda: arriving(target), "the first bytes")
+    with ended(amst.start("cp", "--json", "--bwlimit", "50MB/s", *locations)) as process:
+        wait_until(lambda: arriving(target, least=8 << 20), "enough bytes that some are acknowledged")
         process.send_signal(number)
+        if number == signal.SIGTERM:  # the first one lets finish what is under way
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            assert "what is under way has 30 s" in said
+            process.send_signal(number)
         out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == code, err
     assert "Traceback" not in err
+    assert "run the same command again and it goes on from there" in err
     assert json.loads(out)["error"]["kind"] == "cancelled"
-    wait_for(lambda: not os.listdir(target), "the partial file to go")
+    assert all(name.startswith(".amst-") for name in os.listdir(target))
     (here / "a").write_bytes(b"a")
     assert amst("cp", here / "a", f"{server.url}/after").returncode == 0
 
@@ -453,10 +465,10 @@ def test_a_server_that_is_gone_is_5_and_the_message_says_what_to_do(direction, a
     else:
         make_long(there / "long")
         locations, target = (f"{server.url}/there/long", here), here
-    with on_a_terminal(amst, "cp", *locations) as (process, terminal):
+    with on_a_terminal(amst, "cp", "--bwlimit", "50MB/s", *locations) as (process, terminal):
         read_terminal(terminal, b"ETA")  # there is a rate: some of it has been acknowledged
         server.process.kill()
-        read_terminal(terminal, b"run the same command again: it starts over")
+        read_terminal(terminal, b"run the same command again and it goes on from there")
         assert process.wait(TIMEOUT_S) == 5
     assert not (target / "long").exists()
 
@@ -487,7 +499,7 @@ def test_quiet_errors_are_still_told(place):
 
 def test_on_a_terminal_there_is_a_bar(amst, server):
     make_long(amst.home / "long")
-    with on_a_terminal(amst, "cp", "long", f"{server.url}/") as (process, terminal):
+    with on_a_terminal(amst, "cp", "--bwlimit", "50MB/s", "long", f"{server.url}/") as (process, terminal):
         seen = read_terminal(terminal, b"ETA")
         seen += read_terminal(terminal, b"16 tcp streams")
         process.send_signal(signal.SIGINT)

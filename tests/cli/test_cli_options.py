@@ -82,8 +82,10 @@ def test_what_makes_no_sense_is_exit_2_with_one_line_of_advice(argv, capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["cp"], ["cp", "a"], ["cp", "a", "b"], ["cp", "amst://h/a", "amst://h/b"], ["cp", "-", "amst://h/"],
-        ["cp", "amst://h/a", "-"], ["cp", "u@h:a", "."], ["cp", "a", "u@h:a"], ["cp", "a", "amst://h/b", "c"],
+        ["cp"], ["cp", "a"], ["cp", "amst://h/a", "amst://h/b"], ["cp", "-", "amst://h/"],
+        ["cp", "amst://h/", "-"], ["cp", "-", "-"], ["cp", "-", "a"], ["cp", "a", "-"],
+        ["cp", "--dry-run", "-", "amst://h/b"], ["cp", "-", "a", "amst://h/b"], ["cp", "amst://h/a", "amst://h/b", "-"],
+        ["cp", "u@h:a", "."], ["cp", "a", "u@h:a"], ["cp", "a", "amst://h/b", "c"],
         ["cp", "amst://h/a", "amst://g/b", "c/"], ["cp", "a", "amst://h?x"],
         ["bench"], ["bench", "h"], ["bench", "amst://h/x"], ["bench", "amst://h", "amst://g"],
         ["serve", "x"], ["serve", "--root", "/nonexistent"],
@@ -96,7 +98,7 @@ def test_commands_refuse_operands_that_they_have_no_use_for(argv, capsys):
 
 
 def test_json_has_every_key_also_when_nothing_was_begun(capsys):
-    assert main(["cp", "--json", "a", "b"]) == 2
+    assert main(["cp", "--json", "a"]) == 2
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     value = json.loads(out)
@@ -111,9 +113,11 @@ def test_json_has_every_key_also_when_nothing_was_begun(capsys):
     [
         ("serve", ("--listen", "--root", "--config", "--set", "-q", "-v")),
         ("cp", ("-r", "--streams", "--transport", "--require", "--plaintext", "--token-file", "--json")),
+        ("ls", ("-l", "-R", "--json", "--token-file")),
         ("bench", ("--size", "--time", "--reverse", "--streams", "--json", "--plaintext")),
         ("plugins", ("--check", "--json")),
-        ("config", ("--json",)),
+        ("config", ("--json", "--explain", "--set")),
+        ("doctor", ("--leftovers", "--json", "--set")),
     ],
 )
 def test_help_names_every_flag(command, flags, capsys):
@@ -126,7 +130,7 @@ def test_help_names_every_flag(command, flags, capsys):
 def test_help_names_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert not [command for command in ("serve", "cp", "bench", "plugins", "config") if f"\n  {command} " not in out]
+    assert not [command for command in options._COMMANDS if f"\n  {command} " not in out]
 
 
 def test_the_version_is_the_distributions_and_costs_no_heavy_import(amst):
@@ -146,7 +150,7 @@ def test_the_version_is_the_distributions_and_costs_no_heavy_import(amst):
 
 def ending(monkeypatch, error, *, arrived=False):
     def run(parsed, report):
-        report.arrived = arrived
+        report.arrived_bytes = 1 << 20 if arrived else 0
         raise error
 
     monkeypatch.setattr(copy, "run", run)
@@ -183,7 +187,7 @@ def test_every_kind_of_error_has_its_exit_code_before_and_after_the_first_byte(
         assert main(["cp", "--json", "a", "b"]) == code
         out, err = capsys.readouterr()
         assert err.startswith("amst: what went wrong")
-        assert ("it starts over" in err) == (code == 5)
+        assert ("1.0 MiB had arrived; run the same command again and it goes on from there" in err) == (code == 5)
         reported = json.loads(out)["error"]
         assert reported["kind"] == error.kind
         assert reported["retryable"] == error("").retryable
@@ -226,6 +230,26 @@ def test_a_signal_that_the_main_thread_did_not_see_is_sent_again(monkeypatch):
 
     monkeypatch.setattr(bench, "run", run)
     assert main(["bench", "amst://h"]) == 143
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_while_a_finalizer_runs_ends_the_command_too(number, code, monkeypatch, capsys):
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            for _ in range(1000):  # the exception comes here, and python lets it go no further
+                pass
+
+    def run(parsed, report):
+        Dropped()
+        threading.Event().wait(30)
+        raise AssertionError("still here")
+
+    monkeypatch.setattr(bench, "run", run)
+    before = sys.unraisablehook
+    assert main(["bench", "amst://h"]) == code
+    assert sys.unraisablehook is before
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_ignored_sigint_stays_ignored(monkeypatch):

@@ -8,6 +8,7 @@ import logging
 import sys
 
 import pytest
+from waiting import wait_until
 
 from amst_core.cli import logs, output
 from amst_core.cli.output import Failure, Report, clock, count, rate, size, summary
@@ -133,16 +134,15 @@ class Session:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_display_draws_the_latest_state_and_its_troubles_stay_its_own(fails):
-    from .conftest import wait_for
 
     view = View(fails=fails)
     display = Display(view, Session())  # type: ignore[arg-type]
     try:
         display.update(CopyProgress(1, 2, 0, 1))
-        wait_for(lambda: view.drawn, "a drawing")
+        wait_until(lambda: view.drawn, "a drawing")
         display.update(CopyProgress(2, 2, 1, 1))
         if not fails:
-            wait_for(lambda: view.drawn[-1].bytes_done == 2, "the latest state")
+            wait_until(lambda: view.drawn[-1].bytes_done == 2, "the latest state")
     finally:
         display.close()
     assert view.closed

@@ -11,13 +11,14 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from waiting import wait_until
 
 import amst_core
 from amst_core.cli import traffic
 from amst_core.cli.main import main
 from amst_core.errors import ProtocolError
 
-from .conftest import TIMEOUT_S, Shell, ended, on_a_terminal, read_terminal, serving, wait_for
+from .conftest import TIMEOUT_S, Shell, ended, on_a_terminal, read_terminal, serving
 from .test_cli_copy import arriving, make_long
 from .test_cli_options import KEYS
 
@@ -83,7 +84,7 @@ def test_it_lets_a_copy_under_way_finish(amst, server):
     # Large enough to be under way when the signal comes, small enough to finish within the limit.
     (amst.home / "some").write_bytes(os.urandom(1 << 20) * 256)
     with ended(amst.start("cp", "some", f"{server.url}/")) as process:
-        wait_for(lambda: arriving(server.root), "the first bytes")
+        wait_until(lambda: arriving(server.root), "the first bytes")
         server.process.terminate()
         _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
@@ -93,10 +94,10 @@ def test_it_lets_a_copy_under_way_finish(amst, server):
 
 def test_a_second_signal_ends_it_at_once(amst, server):
     make_long(amst.home / "long")
-    with ended(amst.start("cp", "long", f"{server.url}/")) as process:
-        wait_for(lambda: arriving(server.root), "the first bytes")
+    with ended(amst.start("cp", "--bwlimit", "50MB/s", "long", f"{server.url}/")) as process:
+        wait_until(lambda: arriving(server.root), "the first bytes")
         server.process.terminate()
-        wait_for(lambda: refused(server.address), "it to stop listening")
+        wait_until(lambda: "stopping" in (amst.home / "serve.log").read_text(), "it to begin to stop")
         server.process.terminate()
         assert server.process.wait(10) == -signal.SIGTERM
         process.communicate(timeout=TIMEOUT_S)
@@ -125,7 +126,7 @@ def test_verbose_it_logs_who_came(amst):
     (amst.home / "a").write_bytes(b"a")
     with serving(amst, amst.home / "root", options=("-v",)) as running:
         assert amst("cp", "a", f"{running.url}/").returncode == 0
-        wait_for(lambda: "opened by 127.0.0.1" in (amst.home / "serve.log").read_text(), "the log line")
+        wait_until(lambda: "opened by 127.0.0.1" in (amst.home / "serve.log").read_text(), "the log line")
 
 
 # ---- bench --------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def test_a_server_lost_in_mid_measurement_is_5_with_what_had_arrived(amst, serve
     with on_a_terminal(amst, "bench", "--time", "1h", server.url) as (process, terminal):
         read_terminal(terminal, b"iB/s")
         server.process.kill()
-        read_terminal(terminal, b"it starts over")
+        read_terminal(terminal, b"run it again")
         assert process.wait(TIMEOUT_S) == 5
 
 

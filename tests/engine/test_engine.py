@@ -31,7 +31,7 @@ def make() -> Engine:
 def receiving(size: int = 300, *, window: int | None = 1000) -> Engine:
     """An engine that accepted transfer 1 of ``size`` bytes."""
     engine = make()
-    engine.receive(m.Open(1, m.MESSAGE, size, 0, "", {}))
+    engine.receive(m.Open(1, m.MESSAGE, size, 0, "", {}), 0.0)
     engine.accept(1, window=window)
     engine.messages(0.0)
     engine.events()
@@ -39,45 +39,52 @@ def receiving(size: int = 300, *, window: int | None = 1000) -> Engine:
 
 
 def fill(engine: Engine, start: int, end: int, *, now: float = 0.0) -> None:
-    placement = engine.place(1, start, end - start)
+    placement = engine.place(7, 1, start, end - start)
     assert placement.verdict is Verdict.FILL
     engine.placed(placement, intact=True, now=now)
 
 
+def span_of(placement: Placement) -> tuple[Verdict, int, int, int, int]:
+    return placement.verdict, placement.transfer, placement.start, placement.end, placement.lane
+
+
 def test_a_span_has_one_writer() -> None:
     engine = receiving()
-    first = engine.place(1, 0, 100)
+    first = engine.place(7, 1, 0, 100)
     assert first.verdict is Verdict.FILL
-    assert engine.place(1, 0, 100).verdict is Verdict.COPY
-    assert engine.place(1, 50, 100).verdict is Verdict.COPY, "a partly overlapping span must not be written in place"
-    assert engine.place(1, 100, 100).verdict is Verdict.FILL
+    assert engine.place(7, 1, 0, 100).verdict is Verdict.COPY
+    assert engine.place(7, 1, 50, 100).verdict is Verdict.COPY, "a partly overlapping span must not be written in place"
+    assert engine.place(7, 1, 100, 100).verdict is Verdict.FILL
     engine.placed(first, intact=True, now=0.0)
-    assert engine.place(1, 0, 100).verdict is Verdict.COPY, "a verified span must never be written again"
+    assert engine.place(7, 1, 0, 100).verdict is Verdict.COPY, "a verified span must never be written again"
 
 
 def test_a_copy_replaces_the_span_whose_lane_failed_before() -> None:
     engine = receiving()
-    first = engine.place(1, 0, 100)
-    copy = engine.place(1, 0, 100)
+    first = engine.place(7, 1, 0, 100)
+    copy = engine.place(8, 1, 0, 100)
+    assert first.claim()
     engine.placed(first, intact=False, now=0.0)
     needed = engine.copied(copy)
-    assert needed == Placement(Verdict.FILL, 1, 0, 100)
+    assert needed is not None and span_of(needed) == (Verdict.FILL, 1, 0, 100, 8)
     engine.placed(needed, intact=True, now=0.0)
     assert not [x for x in engine.messages(0.0) if isinstance(x, m.Missing)]
 
 
 def test_a_dropped_copy_is_asked_for_when_the_filling_lane_fails() -> None:
     engine = receiving()
-    first = engine.place(1, 0, 100)
-    assert engine.copied(engine.place(1, 0, 100)) is None
+    first = engine.place(7, 1, 0, 100)
+    assert first.claim()
+    assert engine.copied(engine.place(8, 1, 0, 100)) is None
     engine.placed(first, intact=False, now=0.0)
     assert engine.messages(0.0) == [m.Missing(1, 0, 100)]
 
 
 def test_a_dropped_copy_is_forgotten_when_the_filling_lane_succeeds() -> None:
     engine = receiving()
-    first = engine.place(1, 0, 100)
-    assert engine.copied(engine.place(1, 0, 100)) is None
+    first = engine.place(7, 1, 0, 100)
+    assert first.claim()
+    assert engine.copied(engine.place(8, 1, 0, 100)) is None
     engine.placed(first, intact=True, now=0.0)
     assert not [x for x in engine.messages(0.0) if isinstance(x, m.Missing)]
 
@@ -85,19 +92,19 @@ def test_a_dropped_copy_is_forgotten_when_the_filling_lane_succeeds() -> None:
 def test_a_partly_held_copy_asks_for_the_rest_at_once() -> None:
     engine = receiving()
     fill(engine, 0, 60)
-    assert engine.copied(engine.place(1, 50, 100)) is None
+    assert engine.copied(engine.place(7, 1, 50, 100)) is None
     assert m.Missing(1, 60, 90) in engine.messages(0.0)
 
 
 def test_missing_makes_the_sender_send_again() -> None:
     engine = make()
     tid = engine.open(m.MESSAGE, size=100, flow="f")
-    chunk = engine.next_chunk(1)
+    chunk = engine.next_chunk(1, 0.0)
     assert chunk is not None and not chunk.again
     engine.chunk_left(chunk)
-    assert engine.next_chunk(2) is None
-    engine.receive(m.Missing(tid, 20, 30))
-    again = engine.next_chunk(2)
+    assert engine.next_chunk(2, 0.0) is None
+    engine.receive(m.Missing(tid, 20, 30), 0.0)
+    again = engine.next_chunk(2, 0.0)
     assert again is not None and (again.offset, again.length, again.again) == (20, 30, True)
     assert engine.bytes_retransmitted == 30
 
@@ -107,13 +114,13 @@ def test_a_dead_lane_gives_back_only_what_is_not_acknowledged() -> None:
     tid = engine.open(m.MESSAGE, size=100, flow="f")
     engine.chunk_size = 25
     for _ in range(4):
-        chunk = engine.next_chunk(1)
+        chunk = engine.next_chunk(1, 0.0)
         assert chunk is not None
         engine.chunk_left(chunk)
-    engine.receive(m.Ack(((tid, 25, ((50, 75),)),)))
+    engine.receive(m.Ack(((tid, 25, ((50, 75),)),)), 0.0)
     engine.lane_lost(1)
-    assert engine.next_chunk(1) is None, "a dead lane gets nothing"
-    again = [engine.next_chunk(2), engine.next_chunk(2), engine.next_chunk(2)]
+    assert engine.next_chunk(1, 0.0) is None, "a dead lane gets nothing"
+    again = [engine.next_chunk(2, 0.0), engine.next_chunk(2, 0.0), engine.next_chunk(2, 0.0)]
     assert [(c.offset, c.length) for c in again if c] == [(25, 25), (75, 25)]
 
 
@@ -121,11 +128,11 @@ def test_a_leaving_lane_takes_nothing_new_and_still_gives_back_when_it_dies() ->
     engine = make()
     engine.chunk_size = 50
     engine.open(m.MESSAGE, size=100, flow="f")
-    assert engine.next_chunk(1) is not None
+    assert engine.next_chunk(1, 0.0) is not None
     engine.lane_left(1)
-    assert engine.next_chunk(1) is None
+    assert engine.next_chunk(1, 0.0) is None
     engine.lane_lost(1)
-    assert (c := engine.next_chunk(2)) is not None and c.offset == 0 and c.again
+    assert (c := engine.next_chunk(2, 0.0)) is not None and c.offset == 0 and c.again
 
 
 def test_flows_take_turns_and_keep_their_own_order() -> None:
@@ -134,7 +141,7 @@ def test_flows_take_turns_and_keep_their_own_order() -> None:
     a1 = engine.open(m.MESSAGE, size=100, flow="a")
     a2 = engine.open(m.MESSAGE, size=100, flow="a")
     b1 = engine.open(m.MESSAGE, size=100, flow="b")
-    order = [c.transfer for _ in range(6) if (c := engine.next_chunk(1))]
+    order = [c.transfer for _ in range(6) if (c := engine.next_chunk(1, 0.0))]
     assert order == [a1, b1, a1, b1, a2, a2]
 
 
@@ -142,16 +149,42 @@ def test_credit_stops_one_transfer_and_not_the_next() -> None:
     engine = make()
     first = engine.open(m.MESSAGE, size=500, flow="a")
     second = engine.open(m.MESSAGE, size=50, flow="a")
-    assert [c.transfer for _ in range(3) if (c := engine.next_chunk(1))] == [first, second]
-    engine.receive(m.Credit(((first, 150),)))
-    assert (c := engine.next_chunk(1)) is not None and (c.transfer, c.offset, c.length) == (first, 100, 50)
-    assert engine.next_chunk(1) is None
+    assert [c.transfer for _ in range(3) if (c := engine.next_chunk(1, 0.0))] == [first, second]
+    engine.receive(m.Credit(((first, 150),)), 0.0)
+    assert (c := engine.next_chunk(1, 0.0)) is not None and (c.transfer, c.offset, c.length) == (first, 100, 50)
+    assert engine.next_chunk(1, 0.0) is None
+
+
+def test_a_long_transfer_in_line_waits_for_its_credit() -> None:
+    """The peer gives it no memory before it is granted; what fits the credit of its OPEN goes at once."""
+    engine = make()
+    engine.open(m.MESSAGE, size=300, flow="a")
+    behind = engine.open(m.MESSAGE, size=101, flow="a")
+    engine.open(m.MESSAGE, size=100, flow="a")
+    chunks = [chunk for _ in range(4) if (chunk := engine.next_chunk(1, 0.0)) is not None]
+    assert [(chunk.transfer, chunk.offset) for chunk in chunks] == [(1, 0), (3, 0)]
+    engine.receive(m.Credit(((behind, 101),)), 0.0)
+    chunk = engine.next_chunk(1, 0.0)
+    assert chunk is not None and (chunk.transfer, chunk.offset) == (behind, 0)
+
+
+def test_a_transfer_in_line_hears_of_credit_that_is_no_more_than_it_had() -> None:
+    engine = make()
+    engine.receive(m.Open(1, m.FILE, 300, 0, "", {}), 0.0)
+    engine.accept(1, window=50)
+    assert m.Credit(((1, 100),)) in engine.messages(0.0)
+    sender = make()
+    sender.open(m.MESSAGE, size=10, flow="a")
+    behind = sender.open(m.MESSAGE, size=300, flow="a")
+    assert sender.next_chunk(1, 0.0) is not None and sender.next_chunk(1, 0.0) is None
+    sender.receive(m.Credit(((behind, 100),)), 0.0)
+    assert (chunk := sender.next_chunk(1, 0.0)) is not None and chunk.transfer == behind
 
 
 def test_done_waits_until_no_lane_reads_the_source() -> None:
     engine = make()
     tid = engine.open(m.MESSAGE, size=10, flow="f")
-    chunk = engine.next_chunk(1)
+    chunk = engine.next_chunk(1, 0.0)
     assert chunk is not None
     engine.reset(tid, "cancelled", "by the user")
     assert not [e for e in engine.events() if isinstance(e, TransferDone)]
@@ -161,8 +194,8 @@ def test_done_waits_until_no_lane_reads_the_source() -> None:
 
 def test_dropped_waits_until_no_lane_fills_the_place() -> None:
     engine = receiving()
-    placement = engine.place(1, 0, 100)
-    engine.receive(m.Reset(1, "cancelled", "why"))
+    placement = engine.place(7, 1, 0, 100)
+    engine.receive(m.Reset(1, "cancelled", "why"), 0.0)
     assert engine.events() == []
     engine.placed(placement, intact=True, now=0.0)
     assert engine.events() == [TransferDropped(1, "cancelled", "why")]
@@ -171,13 +204,13 @@ def test_dropped_waits_until_no_lane_fills_the_place() -> None:
 def test_whole_needs_every_byte_and_the_end() -> None:
     engine = receiving(200)
     fill(engine, 100, 200)
-    engine.receive(m.End(1, 200))
+    engine.receive(m.End(1, 200), 0.0)
     assert engine.events() == []
     fill(engine, 0, 100)
     assert engine.events() == [TransferWhole(1, 200)]
     engine.finish(1)
     assert engine.messages(1.0)[-1] == m.Result(1, "", "")
-    assert engine.place(1, 0, 100).verdict is Verdict.COPY, "a late duplicate of a finished transfer"
+    assert engine.place(7, 1, 0, 100).verdict is Verdict.COPY, "a late duplicate of a finished transfer"
 
 
 def test_empty_transfers_are_legal() -> None:
@@ -186,9 +219,9 @@ def test_empty_transfers_are_legal() -> None:
     assert engine.events() == [SourceDrained(tid)]
     engine.end(tid)
     peer = receiving(0)
-    peer.receive(m.End(1, 0))
+    peer.receive(m.End(1, 0), 0.0)
     assert peer.events() == [TransferWhole(1, 0)]
-    engine.receive(m.Result(tid, "", ""))
+    engine.receive(m.Result(tid, "", ""), 0.0)
     assert engine.events() == [TransferDone(tid, "", "")]
 
 
@@ -206,10 +239,10 @@ def test_an_ack_never_outgrows_a_record() -> None:
     limits = Limits(max_chunk=1, max_open=4096, initial_credit=100)
     engine = Engine(local=limits, peer=limits)
     for tid in range(1, 301):
-        engine.receive(m.Open(tid, m.MESSAGE, 100, 0, "", {}))
+        engine.receive(m.Open(tid, m.MESSAGE, 100, 0, "", {}), 0.0)
         engine.accept(tid, window=100)
         for offset in range(1, 100, 3):  # as many separate spans as one ACK would name
-            engine.placed(engine.place(tid, offset, 1), intact=True, now=0.0)
+            engine.placed(engine.place(7, tid, offset, 1), intact=True, now=0.0)
     acks = [x for x in engine.messages(1.0) if isinstance(x, m.Ack)]
     assert len(acks) > 1
     assert [tid for ack in acks for tid, _, _ in ack.held] == list(range(1, 301))
@@ -218,16 +251,16 @@ def test_an_ack_never_outgrows_a_record() -> None:
 
 def test_data_far_beyond_the_last_open_parks_too() -> None:
     """Resets free their slots at once, so many OPENs and RESETs may be on their way when data arrives."""
-    assert make().place(1000, 0, 10).verdict is Verdict.PARK
+    assert make().place(7, 1000, 0, 10).verdict is Verdict.PARK
 
 
 def test_progress_counts_bytes_once() -> None:
     engine = make()
     tid = engine.open(m.MESSAGE, size=100, flow="f")
-    engine.next_chunk(1)
-    engine.receive(m.Ack(((tid, 40, ()),)))
-    engine.receive(m.Ack(((tid, 40, ()),)))
-    engine.receive(m.Ack(((tid, 60, ()),)))
+    engine.next_chunk(1, 0.0)
+    engine.receive(m.Ack(((tid, 40, ()),)), 0.0)
+    engine.receive(m.Ack(((tid, 40, ()),)), 0.0)
+    engine.receive(m.Ack(((tid, 60, ()),)), 0.0)
     assert [e for e in engine.events() if isinstance(e, Progress)] == [Progress(tid, 40), Progress(tid, 60)]
     assert engine.bytes_acknowledged == 60
 
@@ -245,18 +278,18 @@ def test_a_transfer_that_was_refused_makes_room_while_a_lane_still_fills_it() ->
     """The peer frees its place when it reads the RESULT, and may open the next at once."""
     engine = make()
     for tid in (1, 2, 3):
-        engine.receive(m.Open(tid, m.MESSAGE, 100, 0, "", {}))
+        engine.receive(m.Open(tid, m.MESSAGE, 100, 0, "", {}), 0.0)
         engine.accept(tid, window=100)
-    filling = engine.place(1, 0, 50)
+    filling = engine.place(7, 1, 0, 50)
     engine.refuse(1, "storage", "full")
-    engine.receive(m.Reset(2, "cancelled", ""))
-    engine.receive(m.Open(4, m.MESSAGE, 100, 0, "", {}))
-    engine.receive(m.Open(5, m.MESSAGE, 100, 0, "", {}))
+    engine.receive(m.Reset(2, "cancelled", ""), 0.0)
+    engine.receive(m.Open(4, m.MESSAGE, 100, 0, "", {}), 0.0)
+    engine.receive(m.Open(5, m.MESSAGE, 100, 0, "", {}), 0.0)
     with pytest.raises(ProtocolError, match="more than 3"):
-        engine.receive(m.Open(6, m.MESSAGE, 100, 0, "", {}))
+        engine.receive(m.Open(6, m.MESSAGE, 100, 0, "", {}), 0.0)
     engine.placed(filling, intact=True, now=0.0)
     with pytest.raises(ProtocolError, match="more than 3"):
-        engine.receive(m.Open(6, m.MESSAGE, 100, 0, "", {}))
+        engine.receive(m.Open(6, m.MESSAGE, 100, 0, "", {}), 0.0)
 
 
 def test_a_flow_leaves_room_for_others() -> None:
@@ -277,19 +310,19 @@ Act = Callable[[Engine], object]
 @pytest.mark.parametrize(
     "act",
     [
-        pytest.param(lambda e: e.place(1, 250, 100), id="past the end"),
-        pytest.param(lambda e: e.place(1, 0, 101), id="chunk too long"),
-        pytest.param(lambda e: e.place(0, 0, 1), id="transfer zero"),
-        pytest.param(lambda e: e.receive(m.Open(3, m.MESSAGE, 1, 0, "", {})), id="id skipped"),
-        pytest.param(lambda e: e.receive(m.Open(1, m.MESSAGE, 1, 0, "", {})), id="id repeated"),
-        pytest.param(lambda e: e.receive(m.Open(2, 99, 1, 0, "", {})), id="kind unknown"),
-        pytest.param(lambda e: e.receive(m.Open(2, m.FILE, 1 << 63, 0, "", {})), id="size past the largest offset"),
-        pytest.param(lambda e: e.receive(m.End(1, 299)), id="end contradicts size"),
-        pytest.param(lambda e: e.receive(m.End(2, 1)), id="end of what was never opened"),
-        pytest.param(lambda e: e.receive(m.Ack(((1, 1, ()),))), id="ack of what was never sent"),
-        pytest.param(lambda e: e.receive(m.Result(1, "", "")), id="result for what was never sent"),
-        pytest.param(lambda e: e.receive(m.Credit(((1, 1),))), id="credit for what was never sent"),
-        pytest.param(lambda e: e.receive(m.Ping(1)), id="not about transfers"),
+        pytest.param(lambda e: e.place(7, 1, 250, 100), id="past the end"),
+        pytest.param(lambda e: e.place(7, 1, 0, 101), id="chunk too long"),
+        pytest.param(lambda e: e.place(7, 0, 0, 1), id="transfer zero"),
+        pytest.param(lambda e: e.receive(m.Open(3, m.MESSAGE, 1, 0, "", {}), 0.0), id="id skipped"),
+        pytest.param(lambda e: e.receive(m.Open(1, m.MESSAGE, 1, 0, "", {}), 0.0), id="id repeated"),
+        pytest.param(lambda e: e.receive(m.Open(2, 99, 1, 0, "", {}), 0.0), id="kind unknown"),
+        pytest.param(lambda e: e.receive(m.Open(2, m.FILE, 1 << 63, 0, "", {}), 0.0), id="size too large"),
+        pytest.param(lambda e: e.receive(m.End(1, 299), 0.0), id="end contradicts size"),
+        pytest.param(lambda e: e.receive(m.End(2, 1), 0.0), id="end of what was never opened"),
+        pytest.param(lambda e: e.receive(m.Ack(((1, 1, ()),)), 0.0), id="ack of what was never sent"),
+        pytest.param(lambda e: e.receive(m.Result(1, "", ""), 0.0), id="result for what was never sent"),
+        pytest.param(lambda e: e.receive(m.Credit(((1, 1),)), 0.0), id="credit for what was never sent"),
+        pytest.param(lambda e: e.receive(m.Ping(1), 0.0), id="not about transfers"),
     ],
 )
 def test_what_no_honest_peer_sends_is_refused(act: Act) -> None:
@@ -300,35 +333,35 @@ def test_what_no_honest_peer_sends_is_refused(act: Act) -> None:
 def test_open_transfers_are_limited() -> None:
     engine = make()
     for tid in (1, 2, 3):
-        engine.receive(m.Open(tid, m.MESSAGE, 1, 0, "", {}))
+        engine.receive(m.Open(tid, m.MESSAGE, 1, 0, "", {}), 0.0)
     with pytest.raises(ProtocolError):
-        engine.receive(m.Open(4, m.MESSAGE, 1, 0, "", {}))
+        engine.receive(m.Open(4, m.MESSAGE, 1, 0, "", {}), 0.0)
 
 
 def test_sending_past_the_credit_is_refused() -> None:
     engine = receiving(300, window=None)
-    engine.place(1, 0, 100)
+    engine.place(7, 1, 0, 100)
     with pytest.raises(ProtocolError):
-        engine.place(1, 100, 1)
+        engine.place(7, 1, 100, 1)
     engine.grant(1, 101)
-    assert engine.place(1, 100, 1).verdict is Verdict.FILL
+    assert engine.place(7, 1, 100, 1).verdict is Verdict.FILL
 
 
 def test_an_ack_of_unsent_bytes_and_an_early_result_are_refused() -> None:
     engine = make()
     tid = engine.open(m.MESSAGE, size=100, flow="f")
     with pytest.raises(ProtocolError):
-        engine.receive(m.Ack(((tid, 1, ()),)))
-    engine.next_chunk(1)
+        engine.receive(m.Ack(((tid, 1, ()),)), 0.0)
+    engine.next_chunk(1, 0.0)
     with pytest.raises(ProtocolError):
-        engine.receive(m.Result(tid, "", ""))
+        engine.receive(m.Result(tid, "", ""), 0.0)
 
 
 def test_data_before_its_open_parks_the_lane() -> None:
     engine = make()
-    assert engine.place(1, 0, 10).verdict is Verdict.PARK
-    engine.receive(m.Open(1, m.MESSAGE, 10, 0, "", {}))
-    assert engine.place(1, 0, 10).verdict is Verdict.PARK, "not accepted yet"
+    assert engine.place(7, 1, 0, 10).verdict is Verdict.PARK
+    engine.receive(m.Open(1, m.MESSAGE, 10, 0, "", {}), 0.0)
+    assert engine.place(7, 1, 0, 10).verdict is Verdict.PARK, "not accepted yet"
     assert engine.events() == [TransferOffered(m.Open(1, m.MESSAGE, 10, 0, "", {}))]
     engine.accept(1, window=10)
-    assert engine.place(1, 0, 10).verdict is Verdict.FILL
+    assert engine.place(7, 1, 0, 10).verdict is Verdict.FILL

@@ -132,6 +132,7 @@ def test_display_keeps_readable_names() -> None:
     "entry",
     [
         Entry(b"a/\xff\n", EntryType.FILE, 0o640, -1, 7),
+        Entry(b"f", EntryType.FILE, 0o640, -1, 7, identity=b"\0\xff" * 32),
         Entry(b"", EntryType.DIRECTORY, 0o755, 1 << 60),
         Entry(b"l", EntryType.SYMLINK, 0o777, 0, 0, b"../\xfe"),
     ],
@@ -150,6 +151,20 @@ def test_times_out_of_range_travel_as_the_nearest(mtime_ns: int, sent: int) -> N
 
 def test_peers_do_not_get_setuid() -> None:
     assert from_attributes({**FILE_ATTRIBUTES, "mode": 0o7755}).mode == 0o755
+
+
+@pytest.mark.parametrize("identity", [b"x" * 65, "text", 1, True, {}])
+def test_hostile_identities_are_refused(identity: Any) -> None:
+    with pytest.raises(ProtocolError, match="identity"):
+        from_attributes({**FILE_ATTRIBUTES, "identity": identity})
+
+
+def test_only_files_have_an_identity() -> None:
+    assert from_attributes({**FILE_ATTRIBUTES, "identity": b"x" * 64}).identity == b"x" * 64
+    assert from_attributes(FILE_ATTRIBUTES).identity == b""
+    assert from_attributes({**LINK_ATTRIBUTES, "identity": b"x"}).identity == b""
+    assert "identity" not in to_attributes(Entry(b"", EntryType.DIRECTORY, 0o755, 0, identity=b"x"))
+    assert "identity" not in to_attributes(Entry(b"", EntryType.FILE, 0o644, 0))
 
 
 def test_keys_of_others_are_ignored() -> None:
@@ -191,7 +206,7 @@ _VALUES = st.one_of(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["path", "type", "mode", "mtime_ns", "target"]), _VALUES))
+@given(st.dictionaries(st.sampled_from(["path", "type", "mode", "mtime_ns", "target", "identity"]), _VALUES))
 def test_any_attributes_give_an_entry_or_a_named_error(attributes: dict[str, Any]) -> None:
     try:
         entry = from_attributes({**FILE_ATTRIBUTES, **attributes})

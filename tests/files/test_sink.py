@@ -136,12 +136,12 @@ def test_two_first_writes_make_one_file(root: Root, top: Path) -> None:
         def __init__(self) -> None:
             self.lock = threading.Lock()
 
-        def __enter__(self) -> None:
+        def acquire(self) -> None:
             if threading.current_thread() is other:
                 second.set()
             self.lock.acquire()
 
-        def __exit__(self, *_error: object) -> None:
+        def release(self) -> None:
             self.lock.release()
 
     def open_parent() -> tuple[int, bytes]:
@@ -151,7 +151,7 @@ def test_two_first_writes_make_one_file(root: Root, top: Path) -> None:
         return os.open(top, os.O_RDONLY), b"f"
 
     sink = FileSink(open_parent, shown="f", size=2)
-    sink._lock = Lock()  # type: ignore[assignment]
+    sink._turn = Lock()  # type: ignore[assignment]
     other = threading.Thread(target=sink.write, args=(1, memoryview(b"y")))
     sink.write(0, memoryview(b"x"))
     other.join(10)

@@ -32,6 +32,8 @@ VECTORS = {
     "lane key c2s 1": "c07faaba0f0f2d8cc7d6e13085a4141aad3bc10d6d44cbc4939559f2cbaae362",
     "lane key s2c 1": "73d17116690338fcffb6a2a7c642a147e65258cda0f3cd53e66bba60ad545042",
     "admission 1": "d6918557e288aedde9b28865bb6b48d2f96a2a97544257bf60cf8593dd8fd80f",
+    "resume client": "453f368f69b50a2f2d920ec5a3aa5154276aabda7d7c5821651077c06c1f2490",
+    "resume server": "9e8daa9dfa3e549495884a232f39f766385645bc50f80c8d8bbbddac3cfcc335",
     "lane key c2s": "3a8693c887784b957efd5fe3c8a67fac5734409be55ba79d8660408fd4ddd14c",
     "lane key s2c": "374e0bc759479cefa1336619abdc3bc0275195c08746775d1490f2e0d4686883",
     "admission": "f985fe15e302acdba02740ecad43e258ffc567c14fedd9485ff847b17e154b8d",
@@ -67,6 +69,8 @@ def schedule() -> dict[str, bytes]:
         "lane key c2s 1": keys.lane_key(secret, direction=c2s, incarnation=1),
         "lane key s2c 1": keys.lane_key(secret, direction=s2c, incarnation=1),
         "admission 1": keys.admission_mac(secret, incarnation=1, challenge=CHALLENGE),
+        "resume client": keys.resume_mac(secret, by_client=True, epoch=1, received=2, **proofs),
+        "resume server": keys.resume_mac(secret, by_client=False, epoch=1, received=2, **proofs),
         "lane key c2s": keys.lane_key(secret, direction=c2s, incarnation=INCARNATION),
         "lane key s2c": keys.lane_key(secret, direction=s2c, incarnation=INCARNATION),
         "admission": keys.admission_mac(secret, incarnation=INCARNATION, challenge=CHALLENGE),
@@ -81,6 +85,8 @@ def independent_schedule() -> dict[str, bytes]:
         "client proof": mac(TOKEN, b"cli" + transcript),
         "session secret": secret,
     }
+    for side, label in (("client", b"resume cli"), ("server", b"resume srv")):
+        results[f"resume {side}"] = mac(secret, label + struct.pack(">QQ", 1, 2) + transcript)
     for suffix, number in ((" 1", 1), ("", INCARNATION)):
         u64 = struct.pack(">Q", number)
         for way in ("c2s", "s2c"):
@@ -112,8 +118,44 @@ def test_proofs_depend_on_every_input_and_on_the_side() -> None:
     assert len(seen) == 7
 
 
+def test_a_resumption_depends_on_every_input_and_on_the_side() -> None:
+    base = {
+        "by_client": True,
+        "epoch": 1,
+        "received": 2,
+        "fingerprint": FINGERPRINT,
+        "client_nonce": CLIENT_NONCE,
+        "server_nonce": SERVER_NONCE,
+    }
+    other = {"by_client": False, "epoch": 2, "received": 1}
+    seen = {keys.resume_mac(run(0), **base), keys.resume_mac(run(1), **base)}  # type: ignore[arg-type]
+    for name in base:
+        seen.add(keys.resume_mac(run(0), **base | {name: other.get(name, run(0xE0))}))  # type: ignore[arg-type]
+    assert len(seen) == 2 + len(base)
+
+
 def test_the_halves_are_not_interchangeable() -> None:
     assert keys.session_secret(CLIENT_HALF, SERVER_HALF) != keys.session_secret(SERVER_HALF, CLIENT_HALF)
+
+
+def resumption(
+    *,
+    secret: bytes = run(0),
+    epoch: int = 1,
+    received: int = 1,
+    fingerprint: bytes = run(0),
+    client_nonce: bytes = run(0),
+    server_nonce: bytes = run(0),
+) -> bytes:
+    return keys.resume_mac(
+        secret,
+        by_client=True,
+        epoch=epoch,
+        received=received,
+        fingerprint=fingerprint,
+        client_nonce=client_nonce,
+        server_nonce=server_nonce,
+    )
 
 
 @pytest.mark.parametrize("size", [0, 31, 33])
@@ -128,6 +170,10 @@ def test_the_halves_are_not_interchangeable() -> None:
         ("session secret", lambda v: keys.lane_key(v, direction=Direction.CLIENT_TO_SERVER, incarnation=1)),
         ("session secret", lambda v: keys.admission_mac(v, incarnation=1, challenge=CHALLENGE)),
         ("challenge", lambda v: keys.admission_mac(run(0), incarnation=1, challenge=v)),
+        ("session secret", lambda v: resumption(secret=v)),
+        ("fingerprint", lambda v: resumption(fingerprint=v)),
+        ("client nonce", lambda v: resumption(client_nonce=v)),
+        ("server nonce", lambda v: resumption(server_nonce=v)),
     ],
 )
 def test_inputs_of_another_size_are_refused(name: str, use: Callable[[bytes], bytes], size: int) -> None:
@@ -137,11 +183,15 @@ def test_inputs_of_another_size_are_refused(name: str, use: Callable[[bytes], by
 
 
 @pytest.mark.parametrize("number", [-1, 1 << 64])
-def test_an_incarnation_is_a_u64(number: int) -> None:
-    with pytest.raises(ProtocolError, match="incarnation"):
-        keys.lane_key(run(0), direction=Direction.CLIENT_TO_SERVER, incarnation=number)
-    with pytest.raises(ProtocolError, match="incarnation"):
-        keys.admission_mac(run(0), incarnation=number, challenge=CHALLENGE)
+def test_incarnations_epochs_and_counts_are_u64(number: int) -> None:
+    for use in (
+        lambda: keys.lane_key(run(0), direction=Direction.CLIENT_TO_SERVER, incarnation=number),
+        lambda: keys.admission_mac(run(0), incarnation=number, challenge=CHALLENGE),
+        lambda: resumption(epoch=number),
+        lambda: resumption(received=number),
+    ):
+        with pytest.raises(ProtocolError, match=f"{number} does not fit 64 bits"):
+            use()
 
 
 def test_macs_compare_by_value() -> None:

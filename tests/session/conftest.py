@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,50 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from leftovers import no_error_logged, no_leftovers
+from waiting import DEADLINE_S, Task, wait_until
 
 import amst_core
 from amst_core import Server, Session
 from amst_core.interfaces import Lane, LaneRequest, LaneTimeouts
+from amst_core.plugins import Plugins
 from amst_core.settings.load import load_settings
 from amst_core.settings.values import Settings
-
-DEADLINE_S = 20.0
-
-
-class Task(threading.Thread):
-    """A thread that keeps what its function returned or raised."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        super().__init__(daemon=True)
-        self._call = (function, args, kwargs)
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        function, args, kwargs = self._call
-        try:
-            self._result = function(*args, **kwargs)
-        except BaseException as err:
-            self._error = err
-
-    @property
-    def running(self) -> bool:
-        return self.is_alive()
-
-    def outcome(self, timeout_s: float = DEADLINE_S) -> Any:
-        """What the function returned; raises what it raised."""
-        self.join(timeout_s)
-        assert not self.is_alive(), "the thread is still blocked"
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def error(self, timeout_s: float = DEADLINE_S) -> BaseException | None:
-        """What the function raised, None when it returned."""
-        self.join(timeout_s)
-        assert not self.is_alive(), "the thread is still blocked"
-        return self._error
+from amst_core.testing import FaultyLane
 
 
 @dataclass
@@ -81,7 +44,8 @@ class Net:
         self.state_dir = tmp_path / "state"
 
     def settings(self, overrides: dict[str, object]) -> Settings:
-        return load_settings(environ={}, overrides={"limits.handshake_timeout": "5s", **overrides})
+        quick = {"limits.handshake_timeout": "5s", "limits.session_timeout": "4s"}
+        return load_settings(environ={}, overrides={**quick, **overrides})
 
     def server(
         self,
@@ -89,6 +53,7 @@ class Net:
         root: Path | None = None,
         address: str = "127.0.0.1:0",
         on_session: Callable[[Session], None] | None = None,
+        plugins: Plugins | None = None,
         **overrides: object,
     ) -> Server:
         """A server in its own state directory; settings are written ``limits__memory="32MiB"``."""
@@ -98,6 +63,7 @@ class Net:
             settings=self.settings(_dotted(overrides)),
             state_dir=self.state_dir,
             on_session=on_session,
+            plugins=plugins,
         )
         self._stack.callback(_close_server, server)
         return server
@@ -111,6 +77,8 @@ class Net:
         plaintext: bool | None = None,
         root: Path | None = None,
         wait: bool = True,
+        plugins: Plugins | None = None,
+        transport: str | None = None,
         **overrides: object,
     ) -> Session:
         """A session with ``server``, once all its streams are up."""
@@ -121,6 +89,8 @@ class Net:
             streams=streams,
             plaintext=plaintext,
             root=root,
+            plugins=plugins,
+            transport=transport,
         )
         self._stack.callback(session.abort)
         if wait and streams is not None:
@@ -144,12 +114,7 @@ class Net:
         self.wait_until(lambda: len(far.core.lanes) == streams, f"{streams} streams at the server")
         return Pair(listening, near, far)
 
-    @staticmethod
-    def wait_until(condition: Callable[[], object], what: str, timeout_s: float = DEADLINE_S) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-            time.sleep(0.002)
+    wait_until = staticmethod(wait_until)
 
     @staticmethod
     def stays(condition: Callable[[], object], what: str, for_s: float = 0.3) -> None:
@@ -182,35 +147,10 @@ def spawn() -> Callable[..., Task]:
     return Task
 
 
-class WrappedLane(Lane):
-    """A lane with its faults: a test overrides what it wants to spoil."""
-
-    def __init__(self, inner: Lane) -> None:
-        self.inner = inner
-
-    def send_frame(self, header: bytes, payload: memoryview) -> None:
-        self.inner.send_frame(header, payload)
-
-    def recv_frame(self, place: Any) -> bytes | None:
-        return self.inner.recv_frame(place)
-
-    def close(self) -> None:
-        self.inner.close()
-
-    def abort(self) -> None:
-        self.inner.abort()
-
-    def path_stats(self) -> Any:
-        return self.inner.path_stats()
-
-    @property
-    def description(self) -> str:
-        return self.inner.description
-
-
 @pytest.fixture
-def wrapped_lane() -> type[WrappedLane]:
-    return WrappedLane
+def wrapped_lane() -> type[FaultyLane]:
+    """A lane that passes everything on: a test overrides what it wants to spoil."""
+    return FaultyLane
 
 
 @pytest.fixture
@@ -236,51 +176,14 @@ def wrap_lanes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return install
 
 
-class _Unexpected(logging.Handler):
-    """Collects what the session itself calls unexpected: a bug of ours that some caller might not notice."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.found: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "unexpected" in record.getMessage():
-            self.found.append(self.format(record))
-
-
 @pytest.fixture(autouse=True)
 def nothing_unexpected() -> Iterator[None]:
-    handler = _Unexpected()
-    logger = logging.getLogger("amst")
-    logger.addHandler(handler)
-    yield
-    logger.removeHandler(handler)
-    assert handler.found == []
+    with no_error_logged("unexpected"):
+        yield
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No thread and no descriptor outlives a test (set up first, so checked last)."""
-    threads, descriptors = set(threading.enumerate()), _descriptors()
-    yield
-    deadline = time.monotonic() + 10.0
-
-    def left() -> tuple[list[str], list[str]]:
-        return (
-            sorted(thread.name for thread in threading.enumerate() if thread not in threads),
-            sorted(set(_descriptors()) - set(descriptors)),
-        )
-
-    while any(left()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert left() == ([], [])
-
-
-def _descriptors() -> list[str]:
-    found = []
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            found.append(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
-        except FileNotFoundError:  # the one of this listing
-            continue
-    return found
+def nothing_left() -> Iterator[None]:
+    """Set up first, so checked last."""
+    with no_leftovers():
+        yield

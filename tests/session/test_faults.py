@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import amst_core
-from amst_core.errors import AmstError, BrokenError, ClosedError, DeadlineError
+from amst_core.errors import BrokenError, ClosedError, DeadlineError
 from amst_core.session.copying import CopyResult, upload
 
 pytestmark = pytest.mark.needs_transport
@@ -120,7 +120,7 @@ def test_a_server_killed_in_the_middle_is_noticed_at_once(
     net: Any, run: Run, spawn: Any, connect: Any, root: Path, big: Path, tmp_path: Path
 ) -> None:
     process, address, token = serve(run, root, tmp_path / "state")
-    session = connect(address, token)
+    session = connect(address, token, **{"limits.session_timeout": "60s"})
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "a").write_bytes(b"a")
     os.link(big, tmp_path / "tree" / "big")
@@ -128,15 +128,14 @@ def test_a_server_killed_in_the_middle_is_noticed_at_once(
     receiving = spawn(session.recv)
     net.wait_until(lambda: session.core.engine.bytes_acknowledged > 4 * MIB, "some to arrive")
     process.kill()
-    started = time.monotonic()
     error = copying.error()
     assert isinstance(error, BrokenError) and not isinstance(error, DeadlineError)
+    assert "nobody listens" in str(error), "it waits for the session's timeout only if a server may still be there"
     assert error.retryable
     assert isinstance(error.partial, CopyResult) and error.partial.files == 1
     assert isinstance(receiving.error(), BrokenError)
     with pytest.raises(BrokenError):
         session.send(b"late")
-    assert time.monotonic() - started < 5
     # nothing partial under a final name
     assert sorted(name for name in os.listdir(root / "tree") if not name.startswith(".amst-")) == ["a"]
     # a server that starts again in the same place works, and shows nothing of it
@@ -147,7 +146,7 @@ def test_a_server_killed_in_the_middle_is_noticed_at_once(
     assert os.listdir(tmp_path / "back") == ["a"]
 
 
-def test_a_server_killed_during_a_download_leaves_nothing_here(
+def test_a_download_goes_on_where_a_killed_server_left_it(
     net: Any, run: Run, spawn: Any, connect: Any, root: Path, big: Path, tmp_path: Path
 ) -> None:
     script = SERVER.replace('slowly(FileSink, "write")', 'slowly(FileSource, "read_into")')
@@ -160,11 +159,17 @@ def test_a_server_killed_during_a_download_leaves_nothing_here(
     process.kill()
     assert isinstance(copying.error(), BrokenError)
     assert session.wait_closed(10)
-    assert os.listdir(root) == []
+    assert all(name.startswith(".amst-") for name in os.listdir(root)), "partial under a final name"
+    _, address, token = serve(run, tmp_path, tmp_path / "state")
+    again = connect(address, token)
+    again.recv_file("big", root / "copy")
+    assert (root / "copy").read_bytes() == big.read_bytes()
+    assert again.report.resumed_bytes > 4 * MIB
+    assert os.listdir(root) == ["copy"]
 
 
 @pytest.mark.parametrize("act", ["up", "down"])
-def test_a_client_killed_in_the_middle_ends_its_session_and_leaves_nothing(
+def test_a_client_killed_in_the_middle_is_waited_for_and_then_forgotten(
     net: Any, run: Run, root: Path, big: Path, tmp_path: Path, act: str
 ) -> None:
     server = net.server(root=root if act == "up" else tmp_path)
@@ -174,13 +179,13 @@ def test_a_client_killed_in_the_middle_ends_its_session_and_leaves_nothing(
     engine = far.core.engine
     net.wait_until(lambda: engine.bytes_verified + engine.bytes_acknowledged > 4 * MIB, "some to arrive")
     process.kill()
-    started = time.monotonic()
-    assert far.wait_closed(10)
-    assert time.monotonic() - started < 5
+    net.wait_until(lambda: not far.core.control_up and not far.core.lanes, "the server to notice")
+    assert far.error is None, "it may come back"
+    assert far.wait_closed(20)
     assert isinstance(far.error, BrokenError)
     net.wait_until(lambda: not server.sessions, "the server to forget it")
     if act == "up":
-        assert os.listdir(root) == []
+        assert all(name.startswith(".amst-") for name in os.listdir(root)), "partial under a final name"
 
 
 def test_a_peer_that_stops_for_a_moment_loses_nothing(
@@ -206,6 +211,7 @@ def test_a_peer_that_has_stopped_hangs_nobody(
     process, address, token = serve(run, root, tmp_path / "state", "receive")
     session = connect(address, token)
     session.send(b"there").wait(20)
+    net.wait_until(lambda: session.metrics().active_streams == 4, "every stream to be there")
     process.send_signal(signal.SIGSTOP)
     tickets = [session.send(bytes(32 * MIB)) for _ in range(3)]
     with pytest.raises(DeadlineError, match="not delivered"):
@@ -241,28 +247,12 @@ def test_abort_never_blocks(net: Any, run: Run, spawn: Any, connect: Any, root: 
     session.abort()  # again: nothing
 
 
-def test_a_control_connection_that_breaks_ends_the_session(net: Any, spawn: Any) -> None:
-    pair = net.pair()
-    receiving = [spawn(end.recv) for end in pair.ends]
-    import socket
-
-    pair.near._loop._channel._sock.shutdown(socket.SHUT_RDWR)
-    for task in receiving:
-        assert isinstance(task.error(), AmstError)
-    assert isinstance(pair.near.error, BrokenError) and isinstance(pair.far.error, BrokenError)
-
-
-def test_a_peer_that_says_nothing_is_asked_and_then_given_up(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quiet_session_is_asked_for_a_sign_of_life_and_lives(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import amst_core.session.control_loop as module
 
     monkeypatch.setattr(module, "PING_AFTER_S", 0.2)
     monkeypatch.setattr(module, "LOST_AFTER_S", 0.6)
     pair = net.pair()
-    net.stays(lambda: pair.near.error is None and pair.far.error is None, "a quiet session is alive", for_s=1.0)
-    assert pair.near._loop.round_trip_s is not None, "it was asked"
-    read = pair.far._loop._read
-    pair.far._loop._watch = lambda now: None
-    pair.far._loop._read = lambda: None if pair.far.core.error is None else read()  # deaf
-    assert pair.near.wait_closed(10)
-    assert isinstance(pair.near.error, DeadlineError)
-    assert "not answered" in str(pair.near.error)
+    net.wait_until(lambda: pair.near._loop.round_trip_s is not None, "it to be asked and to answer")
+    net.stays(lambda: pair.near.core.control_up and pair.far.core.control_up, "a quiet session is alive", for_s=1.5)
+    assert pair.far.epoch == 0

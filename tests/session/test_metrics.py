@@ -78,7 +78,9 @@ def test_each_stream_has_its_own_numbers(net: Any, spawn: Any) -> None:
     net.wait_until(lambda: all(s.bytes_sent for s in pair.near.metrics().streams), "every stream to have its share")
     traffic.stop()
     near, far = pair.near.metrics().streams, pair.far.metrics().streams
-    assert {s.id: s.bytes_sent for s in near} == {s.id: s.bytes_received for s in far}
+    # each side counts its streams in the order in which they came up there; what they share is the incarnation
+    same = {w.stream.id: pair.far.core.lanes[id].stream.id for id, w in pair.near.core.lanes.items()}
+    assert {same[s.id]: s.bytes_sent for s in near} == {s.id: s.bytes_received for s in far}
     for stream in near:
         assert stream.healthy and stream.transport == "tcp" and stream.last_error is None
         assert stream.reconnects == stream.consecutive_failures == 0
@@ -94,7 +96,7 @@ def test_the_congestion_control_is_what_the_kernel_says(net: Any) -> None:
             raw = worker.lane._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
             name = raw.rstrip(b"\0").decode()
             assert name
-            assert worker.health().path.congestion == name
+            assert worker.stream.health().path.congestion == name
             assert end.metrics().congestion == name
         assert end.metrics().congestion_backend == "kernel"
 
@@ -143,7 +145,7 @@ def test_a_healthy_session(net: Any, spawn: Any) -> None:
     for end in pair.ends:
         report = end.health_check()
         assert report.healthy
-        assert set(report.round_trips_s) == set(end.core.lanes)
+        assert set(report.round_trips_s) == {1, 2, 3}
         assert all(trip is not None and 0 < trip < 5 for trip in report.round_trips_s.values())
         assert end.metrics().last_health_check is not None
     traffic = Traffic(pair, spawn)
@@ -158,40 +160,42 @@ def test_a_healthy_session(net: Any, spawn: Any) -> None:
 def test_a_stream_that_does_not_answer_is_found(net: Any) -> None:
     pair = net.pair(streams=3)
     silent = next(iter(pair.far.core.lanes.values()))
-    silent._own_frame = lambda header: None
+    silent._own_frame = lambda header, payload: None
+    number = pair.near.core.lanes[silent.id].stream.id
     report = pair.near.health_check(0.3)
     assert not report.healthy
-    assert {id: trip is None for id, trip in report.round_trips_s.items()} == {
-        id: id == silent.id for id in pair.near.core.lanes
-    }
+    assert {id: trip is None for id, trip in report.round_trips_s.items()} == {id: id == number for id in (1, 2, 3)}
 
 
 def test_a_stream_that_dies_during_the_check_is_found_at_once(net: Any, spawn: Any) -> None:
     pair = net.pair(streams=3)
     silent = next(iter(pair.far.core.lanes.values()))
-    silent._own_frame = lambda header: None
+    silent._own_frame = lambda header, payload: None
+    number = pair.near.core.lanes[silent.id].stream.id
     task = spawn(pair.near.health_check, 30)
     task.join(0.1)
     assert task.running
     silent.lane.abort()
     report = task.outcome(10)
     assert not report.healthy
-    assert report.round_trips_s[silent.id] is None
-    (dead,) = [stream for stream in report.streams if stream.id == silent.id]
-    assert not dead.healthy and dead.last_error and dead.consecutive_failures == 1
+    assert report.round_trips_s[number] is None
+    assert [id for id, trip in report.round_trips_s.items() if trip is None] == [number]
+    (died,) = [stream for stream in report.streams if stream.id == number]
+    assert died.last_error and died.consecutive_failures == 1
 
 
 def test_a_dead_stream_leaves_its_mark(net: Any) -> None:
     pair = net.pair(streams=3)
     victim = next(iter(pair.near.core.lanes.values()))
     victim.lane.abort()
-    net.wait_until(lambda: all(end.metrics().active_streams == 2 for end in pair.ends), "both to notice")
+    net.wait_until(lambda: all(end.metrics().total_streams == 4 for end in pair.ends), "another lane in its place")
+    net.wait_until(lambda: all(end.metrics().lane_failures == 1 for end in pair.ends), "both to have noticed")
     for end in pair.ends:
         metrics = end.metrics()
-        assert metrics.lane_failures == 1 and metrics.last_error
-        assert metrics.healthy, "two are left"
+        assert metrics.active_streams == 3 and metrics.healthy and metrics.last_error
+        (marked,) = [stream for stream in metrics.streams if stream.reconnects]
+        assert (marked.reconnects, marked.last_error) == (1, metrics.last_error)
         assert end.health_check().healthy
-    assert str(victim.id) not in {str(stream.id) for stream in pair.near.metrics().streams}
 
 
 def test_a_connection_that_fails_is_counted(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,10 +211,10 @@ def test_a_connection_that_fails_is_counted(net: Any, monkeypatch: pytest.Monkey
     started = time.monotonic()
     assert pair.near.adjust_streams(4) == 2
     assert time.monotonic() - started < 5, "what has failed is not waited for"
-    assert pair.near.metrics().failed_connections == 2
+    assert pair.near.metrics().failed_connections >= 2
     assert pair.near.metrics().healthy
     monkeypatch.undo()
-    assert pair.near.adjust_streams(4) == 4
+    net.wait_until(lambda: pair.near.adjust_streams(4) == 4, "they come when the way is free")
 
 
 def test_progress_of_a_file_and_its_seconds(net: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ MIB = 1 << 20
 def frantic() -> Iterator[None]:
     """Threads are switched as often as possible."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
 
@@ -187,7 +187,7 @@ def test_abort_wakes_whatever_is_blocked(
     pair.far._service.handle = lambda request: None
     pair.far._on_lane_request = lambda session, request: None
     for worker in pair.far.core.lanes.values():
-        worker._own_frame = lambda header: None
+        worker._own_frame = lambda header, payload: None
     task = spawn(call, pair.near)
     task.join(0.3)
     assert task.running, f"{call} is to block here"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from amst_core.errors import UsageError
+from amst_core.files.journal import Fsync
 from amst_core.settings import load
 from amst_core.settings.load import SettingsError, load_settings
 from amst_core.settings.registry import BY_NAME, KEYS, RELATIONS, Key, Kind, describe, table, variable
@@ -34,7 +35,7 @@ def fields_of(cls: type, path: str = "") -> dict[str, type]:
 
 
 def test_every_key_has_its_field_of_its_type_and_every_field_its_key() -> None:
-    types = {Kind.COUNT: int, Kind.KIB: int, Kind.SIZE: int, Kind.DURATION: float, Kind.FLAG: bool}
+    types = {Kind.COUNT: int, Kind.KIB: int, Kind.SIZE: int, Kind.DURATION: float, Kind.FLAG: bool, Kind.WORD: str}
     assert {f"{key.section}.{key.field}": types[key.kind] for key in KEYS} == fields_of(Settings)
 
 
@@ -46,8 +47,7 @@ def test_names_are_unique_and_lower_case() -> None:
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
 def test_a_key_accepts_its_own_default_bounds_and_example(key: Key) -> None:
-    assert key.low <= key.default <= key.high
-    for value in (key.default, key.low, key.high):
+    for value in key.words or (key.default, key.low, key.high):
         read = key.parse(key.show(value))
         assert read == value
         assert type(read) is type(key.default)
@@ -55,7 +55,7 @@ def test_a_key_accepts_its_own_default_bounds_and_example(key: Key) -> None:
     assert key.help.endswith(".")
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if key.kind is not Kind.FLAG], ids=lambda key: key.name)
+@pytest.mark.parametrize("key", [key for key in KEYS if key.bounds and not key.words], ids=lambda key: key.name)
 def test_a_key_refuses_what_is_just_outside_its_bounds(key: Key) -> None:
     unit = 1024 if key.kind is Kind.KIB else 1
     for value in ((key.low - unit) / unit, (key.high + unit) / unit):
@@ -64,9 +64,23 @@ def test_a_key_refuses_what_is_just_outside_its_bounds(key: Key) -> None:
             key.parse(written)
 
 
+@pytest.mark.parametrize("bad", ["", "sometimes", "nevermore", True, 1, 1.5, None, ["end"], b"end"])
+def test_a_word_is_one_of_those_listed(bad: object) -> None:
+    key = BY_NAME["files.fsync"]
+    assert key.default in key.words
+    assert key.parse(" ALWAYS ") == "always"
+    with pytest.raises(UsageError, match="must be never, end or always"):
+        key.parse(bad)
+
+
+def test_the_words_of_fsync_are_those_that_sinks_know() -> None:
+    assert set(BY_NAME["files.fsync"].words) == set(Fsync)
+
+
 def test_the_defaults_keep_the_relations() -> None:
     for relation in RELATIONS:
         small, large = BY_NAME[relation.small], BY_NAME[relation.large]
+        assert not isinstance(small.default, str) and not isinstance(large.default, str)
         assert small.default * relation.share <= large.default
         # A default that yields must not be pushed out of its own bounds.
         assert relation.yields in (None, small.name, large.name)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amst_core.engine.engine import ACK_ENTRIES, ACK_SPANS
 from amst_core.errors import ProtocolError
 from amst_core.interfaces import HEADER_SIZE
 from amst_core.wire import fields, frames, messages
@@ -43,6 +44,8 @@ STRATEGIES: dict[Any, st.SearchStrategy[Any]] = {
     fields.Bytes: st.binary(max_size=100),
     fields.Text: texts,
     fields.Prose: texts,
+    fields.Truth: st.booleans(),
+    fields.Spans: spans,
     fields.Attributes: st.dictionaries(
         texts, st.integers(-(2**63), 2**63 - 1) | texts | st.binary(max_size=40) | st.booleans(), max_size=5
     ),
@@ -159,8 +162,8 @@ def test_what_is_announced_is_not_allocated(raw):
 
 @pytest.mark.parametrize(
     ("kind", "smallest"),
-    [(fields.U16s, 2), (fields.Credits, 16), (fields.Addresses, 6), (fields.Held, 20)],
-    ids=["u16s", "credits", "addresses", "held"],
+    [(fields.U16s, 2), (fields.Spans, 16), (fields.Credits, 16), (fields.Addresses, 6), (fields.Held, 20)],
+    ids=["u16s", "spans", "credits", "addresses", "held"],
 )
 def test_counts_are_checked_before_any_item_is_read(kind, smallest):
     codec = typing.get_args(kind)[1]
@@ -299,10 +302,10 @@ def test_the_limit_holds_for_what_is_buffered_already():
 
 # ---- frame headers ------------------------------------------------------------------------------
 
-BUILT = sorted(set(FrameKind) - {FrameKind.ACK})
+LONG_BODIES = (FrameKind.DATA, FrameKind.ACK)
 headers = st.builds(
     FrameHeader,
-    kind=st.sampled_from([kind for kind in BUILT if kind is not FrameKind.DATA]),
+    kind=st.sampled_from([kind for kind in FrameKind if kind not in LONG_BODIES]),
     transfer=u64,
     offset=u64,
     wire_length=st.integers(0, frames.MAX_CHUNK + frames.TAG_SIZE),
@@ -313,6 +316,14 @@ headers = st.builds(
     transfer=u64,
     offset=st.integers(0, frames.MAX_OFFSET - frames.MAX_CHUNK),
     length=st.integers(1, frames.MAX_CHUNK),
+    wire_length=st.integers(0, frames.MAX_CHUNK + frames.TAG_SIZE),
+    check=st.integers(0, 2**32 - 1),
+) | st.builds(
+    FrameHeader,
+    kind=st.just(FrameKind.ACK),
+    transfer=u64,
+    offset=u64,
+    length=st.integers(1, frames.MAX_ACK),
     wire_length=st.integers(0, frames.MAX_CHUNK + frames.TAG_SIZE),
     check=st.integers(0, 2**32 - 1),
 )
@@ -346,10 +357,11 @@ def test_arbitrary_headers_are_taken_as_they_are_or_refused(raw):
     except ProtocolError:
         return
     assert header.pack() == raw
-    assert header.kind in BUILT
     assert header.length <= frames.MAX_CHUNK
     assert header.wire_length <= frames.MAX_CHUNK + frames.TAG_SIZE
     assert header.kind is not FrameKind.DATA or header.offset + header.length <= frames.MAX_OFFSET
+    assert header.kind is not FrameKind.ACK or header.length <= frames.MAX_ACK
+    assert header.kind in LONG_BODIES or not header.length
 
 
 @unhurried
@@ -367,7 +379,7 @@ def test_other_frame_versions_are_refused(version):
 
 
 def test_other_frame_kinds_are_refused():
-    for kind in set(range(256)) - set(BUILT):
+    for kind in set(range(256)) - set(FrameKind):
         with pytest.raises(ProtocolError, match=f"kind {kind} "):
             FrameHeader.unpack(raw_header(kind=kind))
 
@@ -391,6 +403,8 @@ def test_flags_are_refused(flags):
         ({"offset": 2**64 - 1, "length": 2}, "largest offset"),
         ({"kind": 2}, "PING frame names a span"),
         ({"kind": 17}, "ADMIT frame names a span"),
+        ({"kind": 5, "length": 0}, "ACK frame of 0 bytes"),
+        ({"kind": 5, "length": frames.MAX_ACK + 1}, f"ACK frame of {frames.MAX_ACK + 1} bytes"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(changes, why):
@@ -406,6 +420,44 @@ def test_the_largest_chunk_at_the_last_place_is_taken():
             wire_length=frames.MAX_CHUNK + frames.TAG_SIZE,
         )
     )
+
+
+# ---- the payload of ACK frames ----------------------------------------------------------------
+
+HELD_STRATEGY = STRATEGIES[fields.Held]
+
+
+@unhurried
+@given(held=HELD_STRATEGY, limits=spans)
+def test_every_ack_payload_survives_the_way(held, limits):
+    ack, credit = messages.Ack(held), messages.Credit(limits)
+    raw = frames.encode_ack(ack, credit)
+    assert frames.decode_ack(raw) == (ack, credit)
+    for end in range(len(raw)):
+        with pytest.raises(ProtocolError):
+            frames.decode_ack(raw[:end])
+    with pytest.raises(ProtocolError, match="too many"):
+        frames.decode_ack(raw + b"\0")
+
+
+@unhurried
+@given(st.binary(max_size=200))
+def test_an_arbitrary_ack_payload_is_read_or_refused(raw):
+    try:
+        ack, credit = frames.decode_ack(raw)
+    except ProtocolError:
+        return
+    assert frames.encode_ack(ack, credit) == raw
+
+
+def test_the_fullest_reports_of_an_engine_fit_an_ack_frame():
+    spans_of_one = tuple((i, i + 1) for i in range(10, 10 + 2 * ACK_SPANS, 2))
+    full = messages.Ack(((1, 5, spans_of_one),) * (ACK_ENTRIES // ACK_SPANS))
+    assert len(frames.encode_ack(full, messages.Credit(()))) <= frames.MAX_ACK
+    many = messages.Ack(tuple((i, 5, ()) for i in range(ACK_ENTRIES)))
+    assert len(frames.encode_ack(many, messages.Credit(()))) <= frames.MAX_ACK
+    limits = messages.Credit(tuple((i, 5) for i in range(ACK_ENTRIES)))
+    assert len(frames.encode_ack(messages.Ack(()), limits)) <= frames.MAX_ACK
 
 
 @unhurried

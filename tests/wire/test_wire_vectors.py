@@ -96,6 +96,8 @@ BY_HAND = {
     "bytes": raw_bytes,
     "text": text,
     "prose": text,
+    "truth": lambda v: struct.pack(">B", v),
+    "spans": pairs,
     "u16s": lambda v: many([struct.pack(">H", n) for n in v]),
     "credits": pairs,
     "addresses": lambda v: many([text(name) + struct.pack(">H", tag) + text(at) for name, tag, at in v]),
@@ -111,6 +113,8 @@ CODECS = {
     "bytes": fields.Bytes,
     "text": fields.Text,
     "prose": fields.Prose,
+    "truth": fields.Truth,
+    "spans": fields.Spans,
     "u16s": fields.U16s,
     "credits": fields.Credits,
     "addresses": fields.Addresses,
@@ -147,6 +151,10 @@ def slow_crc32c(data: bytes) -> int:
         for _ in range(8):
             crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
     return crc ^ 0xFFFFFFFF
+
+
+def ack_payload(held: list[Any], limits: list[Any]) -> bytes:
+    return BY_HAND["held"](held) + BY_HAND["credits"](limits)
 
 
 def seal(frame: dict[str, Any]) -> tuple[bytes, bytes]:
@@ -271,6 +279,15 @@ def test_frames_seal_and_open_as_in_the_vectors(entry):
     assert (received.kind, received.transfer, received.offset) == (value.kind, value.transfer, value.offset)
 
 
+@pytest.mark.parametrize("entry", VECTORS["acks"])
+def test_the_payload_of_an_ack_frame_is_what_the_document_says(entry):
+    raw = ack_payload(entry["held"], entry["limits"])
+    assert raw.hex() == entry["payload"]
+    ack, credit = messages.Ack(as_tuples(entry["held"])), messages.Credit(as_tuples(entry["limits"]))
+    assert frames.encode_ack(ack, credit) == raw
+    assert frames.decode_ack(raw) == (ack, credit)
+
+
 @pytest.mark.parametrize("entry", VECTORS["admission"])
 def test_admission_is_what_the_document_says(entry):
     assert [frame.hex() for frame in admission(entry)] == [entry["challenge_frame"], entry["admit_frame"]]
@@ -313,9 +330,7 @@ def test_the_document_explains_every_field_type():
 
 
 def test_the_document_lists_every_frame_kind_with_its_number():
-    built = {kind.name: kind.value for kind in FrameKind if kind is not FrameKind.ACK}
-    assert built == FRAMES
-    assert f"{FrameKind.ACK.value} ACK" in DOCUMENT
+    assert {kind.name: kind.value for kind in FrameKind} == FRAMES
     for flag in FrameFlags:
         assert f"bit {flag.value.bit_length() - 1} {flag.name}" in DOCUMENT
 
@@ -342,12 +357,22 @@ def subclasses(cls: type) -> list[Any]:
 
 
 def test_the_document_names_every_operation_and_attribute():
-    operations = (requests.STAT, requests.FETCH, requests.MEASURE)
+    operations = (requests.STAT, requests.LOOK, requests.LIST, requests.PACE, requests.FETCH, requests.MEASURE)
     assert [cells[0] for cells in table("operation | attributes | REPLY")] == [f"`{name}`" for name in operations]
     wishes = (handshake.SOFTWARE, handshake.STREAMS, handshake.TRANSPORTS, handshake.PLAINTEXT)
-    assert [cells[0] for cells in table("key | type | meaning")] == [f"`{key}`" for key in wishes]
-    for key in (handshake.SESSION, requests.PATH, requests.SIZE, requests.TOTAL_BYTES, requests.TOTAL_FILES):
+    resuming = f"`{handshake.SESSION}`, `{handshake.EPOCH}`"
+    assert [cells[0] for cells in table("key | type | meaning")] == [*(f"`{key}`" for key in wishes), resuming]
+    answers = (requests.SIZE, requests.PRESENT, requests.RATE, requests.TOTAL_BYTES, requests.TOTAL_FILES)
+    pages = (requests.AFTER, requests.RECURSIVE, requests.ENTRIES, requests.MORE)
+    for key in (requests.PATH, messages.HOLD, *answers, *pages):
         assert f"`{key}`" in DOCUMENT
+
+
+def test_the_document_says_which_messages_are_counted():
+    counted = re.search(r"\*counted\* messages are all but ([A-Z, ]+) and ([A-Z]+),", DOCUMENT)
+    assert counted
+    names = {name.strip() for name in [*counted[1].split(","), counted[2]]}
+    assert names == {name for name, cls in CLASSES.items() if cls in messages.UNCOUNTED}
 
 
 def test_the_document_has_the_limits_of_the_code():
@@ -358,13 +383,14 @@ def test_the_document_has_the_limits_of_the_code():
     assert f"(1 … {frames.MAX_CHUNK})" in words
     assert frames.MAX_OFFSET == 2**63 - 1
     assert messages.SIZE_UNKNOWN == 2**64 - 1
+    assert f"ACK with length 0 or above {frames.MAX_ACK}" in words
 
 
 def test_vectors_cover_every_message_and_frame():
     assert {entry["message"] for entry in VECTORS["messages"]} == set(CLASSES)
     assert {entry["kind"] for entry in VECTORS["headers"]} == set(FRAMES)
     assert {(e["protection"], e["kind"]) for e in VECTORS["sealed"]} == {
-        (protection.value, kind) for protection in Protection for kind in ("DATA", "PING", "PONG", "FIN")
+        (protection.value, kind) for protection in Protection for kind in ("DATA", "PING", "PONG", "FIN", "ACK")
     }
 
 

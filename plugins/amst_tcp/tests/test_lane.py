@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,38 @@ def test_statistics_are_sane_after_traffic_and_kept_after_the_end(
     assert ended.mss == stats.mss
     assert ended.segments_sent is not None
     assert ended.segments_sent >= stats.segments_sent
+
+
+def test_progress_is_told_inside_a_frame_and_a_closed_window_from_a_dead_path(
+    lane_pairs: LanePairs, family: socket.AddressFamily, spawn: Spawn, wait_until: WaitUntil
+) -> None:
+    near, far = lane_pairs(family=family)
+    size = 64 << 20  # more than both kernels hold
+    sending = spawn(lambda: near.send_frame(header(size), memoryview(bytes(size))))
+
+    def told(lane: TcpLane) -> tuple[int, int, int]:
+        stats = lane.path_stats()
+        assert stats.bytes_acknowledged is not None
+        assert stats.bytes_received is not None
+        assert stats.bytes_waiting is not None
+        return stats.bytes_acknowledged, stats.bytes_received, stats.bytes_waiting
+
+    def at_rest() -> bool:
+        before = told(near)
+        time.sleep(0.2)
+        return before[0] > 64 << 10 and before == told(near)
+
+    wait_until(at_rest, "the peer to have no room")
+    assert sending.is_alive()
+    before = told(near)
+    assert before[2] == 0, "what the peer has no room for is not on its way"
+    far.recv_frame(lambda _header: memoryview(bytearray(size)))
+    sending.outcome()
+    wait_until(lambda: told(near)[2] == 0, "all of them to be acknowledged")
+    whole = size + len(header(size))
+    assert before[0] < whole <= told(near)[0] <= whole + 1  # Linux counts the SYN
+    assert told(far)[1] >= whole
+    assert told(far)[2] == 0
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])

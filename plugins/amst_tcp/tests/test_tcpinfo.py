@@ -14,10 +14,13 @@ LENGTH = 256
 VALUES = [
     (7, "=B", 0b0101),
     (16, "=I", 1448),
+    (24, "=I", 3),
     (68, "=I", 20_500),
     (80, "=I", 10),
     (100, "=I", 3),
     (104, "=Q", 5_000_000_000),
+    (120, "=Q", 70_001),
+    (128, "=Q", 80_002),
     (148, "=I", 20_000),
     (156, "=I", 1234),
     (160, "=Q", 12_500_000),
@@ -43,22 +46,34 @@ def test_every_field_is_read_from_its_place_and_unit() -> None:
         segments_sent=1234,
         segments_retransmitted=3,
         bytes_retransmitted=4344,
+        bytes_acknowledged=70_001,
+        bytes_received=80_002,
+        bytes_waiting=3 * 1448,
         mss=1448,
         congestion="bbr",
     )
     assert decode_tcp_info(info((7, "=B", 0b0110)), congestion="bbr").app_limited is False
 
 
+OLDEST = {"rtt_s", "cwnd", "mss", "segments_retransmitted", "bytes_waiting"}
+LINUX_4_6 = {
+    *OLDEST,
+    "pacing_rate",
+    "bytes_acknowledged",
+    "bytes_received",
+    "min_rtt_s",
+    "segments_sent",
+}
+
+
 @pytest.mark.parametrize(
     ("length", "known"),
     [
         (0, set()),
-        (104, {"rtt_s", "cwnd", "mss", "segments_retransmitted"}),  # Linux 3.14
-        (
-            160,  # Linux 4.6
-            {"rtt_s", "cwnd", "mss", "segments_retransmitted", "pacing_rate", "min_rtt_s", "segments_sent"},
-        ),
-        (163, {"rtt_s", "cwnd", "mss", "segments_retransmitted", "pacing_rate", "min_rtt_s", "segments_sent"}),
+        (104, OLDEST),  # Linux 3.14
+        (136, {*OLDEST, "pacing_rate", "bytes_acknowledged", "bytes_received"}),  # Linux 4.1
+        (160, LINUX_4_6),
+        (163, LINUX_4_6),
     ],
 )
 def test_an_older_kernels_shorter_struct_leaves_the_rest_unknown(length: int, known: set[str]) -> None:

@@ -15,10 +15,13 @@ from amst_core.interfaces import PathStats
 _FIELDS: Final = {
     "flags": (7, struct.Struct("=B")),  # bit 0: delivery_rate_app_limited
     "snd_mss": (16, struct.Struct("=I")),
+    "unacked": (24, struct.Struct("=I")),
     "rtt_us": (68, struct.Struct("=I")),
     "snd_cwnd": (80, struct.Struct("=I")),
     "total_retrans": (100, struct.Struct("=I")),
     "pacing_rate": (104, struct.Struct("=Q")),
+    "bytes_acked": (120, struct.Struct("=Q")),
+    "bytes_received": (128, struct.Struct("=Q")),
     "min_rtt_us": (148, struct.Struct("=I")),
     "data_segs_out": (156, struct.Struct("=I")),
     "delivery_rate": (160, struct.Struct("=Q")),
@@ -70,6 +73,10 @@ def decode_tcp_info(info: bytes, *, congestion: str | None) -> PathStats:
         segments_sent=found.get("data_segs_out"),
         segments_retransmitted=found.get("total_retrans"),
         bytes_retransmitted=found.get("bytes_retrans"),
+        bytes_acknowledged=found.get("bytes_acked"),
+        bytes_received=found.get("bytes_received"),
+        # what the peer's window has no room for is not among them: its kernel answers, its program is busy
+        bytes_waiting=found["unacked"] * (mss or 1) if "unacked" in found else None,
         mss=mss,
         congestion=congestion,
     )
