@@ -1,0 +1,38 @@
+"""mbuffer: one stream, from a file or a pipe into a file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from ..contender import Contender, Job, Servers, Work, first_line
+from ..processes import free_port
+
+
+class Mbuffer(Contender):
+    name = "mbuffer"
+    programs = ("mbuffer",)
+    how_to_get = "apt-get install mbuffer"
+    _BUFFER = ("-q", "-m", "256M", "-s", "1M")
+
+    def version(self) -> str:
+        return first_line("mbuffer", "--version")
+
+    def serve(self, job: Job, servers: Servers) -> None:
+        port = free_port()
+        receiver = ["mbuffer", *self._BUFFER, "-I", f"127.0.0.1:{port}", "-o", str(job.arrived)]
+        servers.start_listening(receiver, port)
+
+    def commands(self, job: Job, servers: Servers) -> Sequence[Sequence[str]]:
+        sender = ["mbuffer", *self._BUFFER, "-O", f"127.0.0.1:{servers.ports[0]}"]
+        if job.work is Work.FILE:
+            return [[*sender, "-i", str(job.source)]]
+        return [["sh", "-c", f"{shlex.join(tar(job))} | {shlex.join(sender)}"]]
+
+    def settle(self, job: Job, servers: Servers) -> None:
+        servers.all[0].wait_end()
+
+
+def tar(job: Job) -> list[str]:
+    """What writes the source of a pipe: the same bytes each time."""
+    return ["tar", "-C", str(job.source), "--sort=name", "-cf", "-", "."]
