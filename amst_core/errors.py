@@ -174,6 +174,8 @@ def error_from_kind(kind: str, message: str, *, peer: str | None = None, path: s
 
 def printable(text: str) -> str:
     r"""``text`` in one line that no terminal takes for a command: what cannot be printed as ``\xNN``, ``\n``..."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

@@ -49,7 +49,7 @@ LEAST_CREDIT: Final = 1 << 10
 LEAST_OPEN: Final = 8
 """A session that could not have so many transfers open is not admitted, unless the settings allow no more."""
 
-CHUNKS: Final = (1 << 20, 256 << 10, 64 << 10)
+CHUNKS: Final = (4 << 20, 1 << 20, 256 << 10, 64 << 10)
 """Longest chunks that a session may be admitted with."""
 
 TAG: Final = 16

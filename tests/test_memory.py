@@ -44,9 +44,9 @@ def take_back_all(share: MemoryShare) -> None:
 def test_with_default_settings_every_session_is_admitted_and_the_budget_holds() -> None:
     memory = budget()
     shares = [memory.share() for _ in range(64)]
-    assert (shares[0].max_chunk, shares[0].max_open, shares[0].initial_credit) == (MIB, 256, 64 * KIB)
+    assert (shares[0].max_chunk, shares[0].max_open, shares[0].initial_credit) == (4 * MIB, 256, 64 * KIB)
     assert all(share.max_open == 256 and share.initial_credit >= KIB for share in shares)
-    assert {share.max_chunk for share in shares} == {MIB, 256 * KIB, 64 * KIB}
+    assert {share.max_chunk for share in shares} == {4 * MIB, MIB, 256 * KIB, 64 * KIB}
     assert memory.in_use == sum(share.max_open * share.initial_credit for share in shares) <= 192 * MIB
 
 
@@ -68,7 +68,7 @@ def test_a_sole_session_gets_everything() -> None:
     memory = budget(sessions=1)
     share = memory.share()
     assert share.send_pool.limit == share.receive_pool.limit == 32 * MIB
-    assert (share.max_chunk, share.max_open, share.initial_credit) == (MIB, 256, 64 * KIB)
+    assert (share.max_chunk, share.max_open, share.initial_credit) == (4 * MIB, 256, 64 * KIB)
     assert len(hold_all(share)) == 95
     with pytest.raises(BusyError):
         memory.share()
@@ -98,7 +98,7 @@ def test_whatever_the_settings_are_the_first_session_can_work(
 
 def test_chunks_as_long_as_is_wished_where_there_is_room() -> None:
     assert budget(chunk_size=4 * MIB).share().max_chunk == 4 * MIB
-    assert budget(chunk_size=16 * KIB).share().max_chunk == MIB, "the peer may like them longer"
+    assert budget(chunk_size=16 * KIB).share().max_chunk == 4 * MIB, "the peer may like them longer"
     assert budget(32 * MIB, max_message=16 * MIB, chunk_size=4 * MIB, sessions=1).share().max_chunk == 4 * MIB
     assert budget(32 * MIB, max_message=16 * MIB, chunk_size=4 * MIB, sessions=2).share().max_chunk == MIB
 

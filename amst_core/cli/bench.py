@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .. import Session
     from ..settings.values import Settings
 
-_MESSAGE: Final = 8 << 20
-_LEAST_OUTSTANDING: Final = 64 << 20
+_MESSAGE: Final = 16 << 20
+_LEAST_OUTSTANDING: Final = 96 << 20
 _CHUNKS_PER_STREAM: Final = 2
 
 

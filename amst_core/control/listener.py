@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import select
 import socket
 import threading
@@ -35,6 +36,9 @@ _ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 _ACCEPT_BATCH: Final = 64
 """Connections accepted before those that are watched get their turn again."""
+
+_HEADROOM: Final = 64
+"""Descriptors that are left to those who have proven themselves, of a limit that is not small; else a quarter of it."""
 
 _PAUSE_S: Final = 0.05
 """How long nothing is accepted when it cannot be and no stranger can make room."""
@@ -188,12 +192,26 @@ class Listener:
                     _log.warning("%d connections have not proven themselves (limits.unauthenticated): "
                                  "the oldest make room for the newest", self._most)  # fmt: skip
                 self._cut_oldest("made room for a newer one")
+            self._keep_headroom(sock.fileno())
             newcomer = Newcomer(self, sock, format_address(*address[:2]), time.monotonic() + self._timeout_s)
             with self._lock:
                 self._unproven[newcomer] = None
             self._watched[sock.fileno()] = newcomer
             self._poll.register(sock, _NEW_BYTES)
             self._look(newcomer, 0)  # mostly they are there by now, and a full house has no time to wait
+
+    def _keep_headroom(self, newest: int) -> None:
+        """Sessions need descriptors for more than their connections: strangers do not get the last ones.
+
+        The system hands out the lowest number that is free, so the newest one tells how many are left.
+        """
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if most == resource.RLIM_INFINITY or newest < most - min(_HEADROOM, most // 4):
+            return
+        if self._failing.now():
+            _log.warning("of %d descriptors few are left (ulimit -n): strangers are cut to make room", most)
+        for _ in range(2):  # one for the newest, and one towards having enough again
+            self._cut_oldest("made room, for lack of descriptors")
 
     def _cannot_accept(self, err: OSError) -> None:
         if self._failing.now():

@@ -19,6 +19,7 @@ from ..wire.messages import (
     HOLD,
     HOLES,
     MESSAGE,
+    PACK,
     PIPE,
     SIZE_UNKNOWN,
     Ack,
@@ -596,7 +597,7 @@ class Engine:
             raise ProtocolError(f"more than {self._local.max_open} transfers open")
         if len(message.channel.encode("utf-8", "surrogatepass")) > MAX_CHANNEL:
             raise ProtocolError(f"OPEN of transfer {message.transfer} names a channel of more than {MAX_CHANNEL} bytes")
-        if message.kind not in (MESSAGE, PIPE, FILE):
+        if message.kind not in (MESSAGE, PIPE, FILE, PACK):
             raise ProtocolError(f"transfer kind {message.kind} is unknown")
         is_unknown = message.size == SIZE_UNKNOWN
         if not is_unknown and message.size > MAX_OFFSET:
@@ -605,6 +606,8 @@ class Engine:
         if type(on_hold) is not bool or (on_hold and (message.kind != FILE or is_unknown)):
             raise ProtocolError(f"OPEN of transfer {message.transfer} with an attribute {HOLD!r} that makes no sense")
         holes = holes_of(message)
+        if message.kind == PACK and is_unknown:
+            raise ProtocolError(f"OPEN of a pack without its size (transfer {message.transfer})")
         if message.kind == PIPE and not is_unknown:
             raise ProtocolError(f"OPEN of a pipe of {message.size} bytes; nobody knows that beforehand")
         self._opened_in = message.transfer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import stat
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -30,6 +31,9 @@ _PERMISSIONS: Final = 0o777
 _MTIME_MIN: Final = -(1 << 63)
 _MTIME_MAX: Final = (1 << 63) - 1
 
+_ROW: Final = struct.Struct("!BHqQHH")
+"""Type, mode, modification time, size, lengths of path and target."""
+
 _T = TypeVar("_T", int, str, bytes)
 
 
@@ -39,6 +43,10 @@ class EntryType(enum.StrEnum):
     FILE = "file"
     DIRECTORY = "directory"
     SYMLINK = "symlink"
+
+
+_TYPES: Final = (EntryType.FILE, EntryType.DIRECTORY, EntryType.SYMLINK)
+"""By their numbers in a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,28 +93,43 @@ def split_path(path: bytes) -> tuple[bytes, ...]:
     """
     if not path:
         return ()
+    parts = tuple(path.split(b"/"))
+    if len(path) > MAX_PATH or len(parts) > MAX_DEPTH or not all(map(is_legal_name, parts)):
+        raise _illegal(path, parts)
+    return parts
+
+
+def is_legal_name(name: bytes) -> bool:
+    """Whether a path may have a component ``name``, which holds no slash."""
+    return (
+        name not in (b"", b".", b"..")
+        and len(name) <= MAX_NAME
+        and not name.startswith(HIDDEN_PREFIX)
+        and b"\0" not in name
+    )
+
+
+def _illegal(path: bytes, parts: tuple[bytes, ...]) -> AmstError:
+    """What is wrong with a path that `split_path` does not take."""
     if len(path) > MAX_PATH:
         shown = display_path(path[:MAX_NAME]) + "..."
-        raise StorageError(f"{shown}: a path of {len(path)} bytes exceeds the limit of {MAX_PATH}", path=shown)
+        return StorageError(f"{shown}: a path of {len(path)} bytes exceeds the limit of {MAX_PATH}", path=shown)
     shown = display_path(path)
     if path.startswith(b"/"):
-        raise RefusedError(f"{shown}: the path is absolute; give it relative to the root", path=shown)
+        return RefusedError(f"{shown}: the path is absolute; give it relative to the root", path=shown)
     if b"\0" in path:
-        raise RefusedError(f"{shown}: the path holds a NUL byte", path=shown)
-    parts = tuple(path.split(b"/"))
+        return RefusedError(f"{shown}: the path holds a NUL byte", path=shown)
     if len(parts) > MAX_DEPTH:
-        raise StorageError(f"{shown}: {len(parts)} path components exceed the limit of {MAX_DEPTH}", path=shown)
-    for part in parts:
-        if part in (b"", b".", b".."):
-            word = f"a component {part.decode()!r}" if part else "an empty component"
-            raise RefusedError(f"{shown}: the path holds {word}; name the real path", path=shown)
-        if part.startswith(HIDDEN_PREFIX):
-            raise RefusedError(
-                f"{shown}: names that begin with {HIDDEN_PREFIX.decode()} are kept for temporary files", path=shown
-            )
-        if len(part) > MAX_NAME:
-            raise StorageError(f"{shown}: a name of {len(part)} bytes exceeds the limit of {MAX_NAME}", path=shown)
-    return parts
+        return StorageError(f"{shown}: {len(parts)} path components exceed the limit of {MAX_DEPTH}", path=shown)
+    part = next(part for part in parts if not is_legal_name(part))
+    if part in (b"", b".", b".."):
+        word = f"a component {part.decode()!r}" if part else "an empty component"
+        return RefusedError(f"{shown}: the path holds {word}; name the real path", path=shown)
+    if part.startswith(HIDDEN_PREFIX):
+        return RefusedError(
+            f"{shown}: names that begin with {HIDDEN_PREFIX.decode()} are kept for temporary files", path=shown
+        )
+    return StorageError(f"{shown}: a name of {len(part)} bytes exceeds the limit of {MAX_NAME}", path=shown)
 
 
 def normalise_user_path(path: bytes) -> bytes:
@@ -172,31 +195,72 @@ def from_attributes(attributes: Mapping[str, AttributeValue], *, size: int = 0) 
         ProtocolError: a key is missing, of the wrong type or out of range.
         RefusedError, StorageError: the path is one that `split_path` does not take.
     """
-    path = _get(attributes, "path", bytes)
-    split_path(path)
     word = _get(attributes, "type", str)
     try:
         kind = EntryType(word)
     except ValueError as err:
         raise ProtocolError(f"entry type {word!r} is unknown") from err
-    mode = _get(attributes, "mode", int)
-    if not 0 <= mode <= _MODE_MAX:
-        raise ProtocolError(f"entry mode {mode} is not within 0 and {_MODE_MAX}")
     mtime_ns = _get(attributes, "mtime_ns", int)
     if not _MTIME_MIN <= mtime_ns <= _MTIME_MAX:
         raise ProtocolError(f"entry mtime_ns {mtime_ns} does not fit 64 bits")
-    if size < 0 or (size and kind is not EntryType.FILE):
-        raise ProtocolError(f"entry of type {word} cannot have {size} bytes")
-    target = b""
-    if kind is EntryType.SYMLINK:
-        target = _get(attributes, "target", bytes)
-        if not target or b"\0" in target or len(target) >= MAX_PATH:
-            raise ProtocolError(f"link target of {len(target)} bytes is empty, too long or holds a NUL byte")
     identity = b""
     if kind is EntryType.FILE and "identity" in attributes:
         identity = _get(attributes, "identity", bytes)
         if not 1 <= len(identity) <= MAX_IDENTITY:
             raise ProtocolError(f"entry identity of {len(identity)} bytes; 1 to {MAX_IDENTITY} are allowed")
+    target = _get(attributes, "target", bytes) if kind is EntryType.SYMLINK else b""
+    mode = _get(attributes, "mode", int)
+    return _entry(_get(attributes, "path", bytes), kind, mode, mtime_ns, size, target, identity)
+
+
+# ---- tables -------------------------------------------------------------------------------
+
+
+def encode_row(entry: Entry, path: bytes) -> bytes:
+    """An entry as a row of a table, under the name ``path``; rows follow each other without anything between.
+
+    The identity does not travel.
+    """
+    kind, mtime_ns = _TYPES.index(entry.type), min(max(entry.mtime_ns, _MTIME_MIN), _MTIME_MAX)
+    return _ROW.pack(kind, entry.mode, mtime_ns, entry.size, len(path), len(entry.target)) + path + entry.target
+
+
+def decode_table(table: bytes) -> list[Entry]:
+    """The entries that a peer put in a table, checked as by `from_attributes`.
+
+    Raises:
+        ProtocolError: these are no rows, or something in one is out of range.
+        RefusedError, StorageError: a path is one that `split_path` does not take.
+    """
+    entries = []
+    at = 0
+    while at < len(table):
+        try:
+            number, mode, mtime_ns, size, path_size, target_size = _ROW.unpack_from(table, at)
+            kind = _TYPES[number]
+        except (struct.error, IndexError) as err:
+            raise ProtocolError("a table of entries ends early, or has one of an unknown type") from err
+        at += _ROW.size
+        path, target = table[at : at + path_size], table[at + path_size : at + path_size + target_size]
+        if len(path) + len(target) != path_size + target_size:
+            raise ProtocolError("a table of entries ends early")
+        at += path_size + target_size
+        entries.append(_entry(path, kind, mode, mtime_ns, size, target, b""))
+    return entries
+
+
+def _entry(
+    path: bytes, kind: EntryType, mode: int, mtime_ns: int, size: int, target: bytes, identity: bytes
+) -> Entry:
+    """What a peer said, if it makes sense."""
+    split_path(path)
+    if not 0 <= mode <= _MODE_MAX:
+        raise ProtocolError(f"entry mode {mode} is not within 0 and {_MODE_MAX}")
+    if size < 0 or (size and kind is not EntryType.FILE):
+        raise ProtocolError(f"entry of type {kind.value} cannot have {size} bytes")
+    is_link = kind is EntryType.SYMLINK
+    if bool(target) is not is_link or b"\0" in target or len(target) >= MAX_PATH:
+        raise ProtocolError(f"link target of {len(target)} bytes is empty, too long or holds a NUL byte")
     return Entry(path, kind, mode & _PERMISSIONS, mtime_ns, size, target, identity)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,14 +26,15 @@ from .entries import (
     WalkError,
     display_path,
     entry_type,
+    is_legal_name,
     join_path,
     special_name,
     split_path,
 )
 from .journal import Fsync, SourceMark
-from .partial import PartialPolicy, Partials, has_partial, temporary_name
+from .partial import PART, PartialPolicy, Partials, has_partial, sync_directory, temporary_name
 from .sink import FileSink, set_times, target_error
-from .source import Descriptor, FileSource
+from .source import Descriptor, FileSource, source_changed
 
 _PASS: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 """To go through a directory: asks for search permission only."""
@@ -41,6 +43,8 @@ _LIST: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK, because a FIFO put in the file's place must not hang the opener."""
+
+_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(slots=True)
@@ -116,14 +120,13 @@ class Root:
         if not split_path(path):
             with self._descriptor as fd:
                 return self._describe(fd, b".", path, os.fstat(fd))
-        shown = display_path(path)
         try:
             with self.parent(path) as (fd, leaf):
-                found = self._look(fd, leaf, path, shown=shown)
+                found = self._look(fd, leaf, path, full=path)
         except NotFoundError:
             return None
         if found is None:
-            raise _out_of_reach(shown)
+            raise _out_of_reach(display_path(path))
         return found
 
     def open_source(self, path: bytes) -> FileSource:
@@ -189,14 +192,14 @@ class Root:
         Raises:
             NotFoundError, RefusedError, StorageError: as `stat`; or the path is too long or too deep.
         """
-        shown = display_path(path)
         if len(path) > MAX_PATH or path.count(b"/") >= MAX_DEPTH:
+            shown = display_path(path)
             raise StorageError(
                 f"{shown}: deeper than {MAX_DEPTH} components or longer than {MAX_PATH} bytes; "
                 "copy it from a directory further down",
                 path=shown,
             )
-        return self._look(within, path.rpartition(b"/")[2], relative, shown=shown)
+        return self._look(within, path.rpartition(b"/")[2], relative, full=path)
 
     # ---- writing ------------------------------------------------------------------------
 
@@ -238,6 +241,77 @@ class Root:
             return False
         except OSError as err:
             raise error_from_os(err, "cannot look at", path=display_path(path)) from err
+
+    def put_file(
+        self, path: bytes, entry: Entry, content: memoryview, *, parents: Parents, fsync: Fsync = Fsync.NEVER
+    ) -> None:
+        """Make the file ``path`` of what is all there already, in place of any file or link there.
+
+        For small ones, by what costs least: nothing is left for a later try, and another that writes the same file
+        at the same time is not asked; the last to finish has the name. As with `FileSink`, nobody sees it in part.
+
+        Raises:
+            RefusedError: as `parent`; or a directory has that name.
+            StorageError: the file system failed.
+        """
+        fd = -1
+        try:
+            parent_fd, leaf = parents.of(path)
+            temporary = parents.temporary_name()
+            fd = os.open(temporary, _CREATE, 0o600, dir_fd=parent_fd)
+            try:
+                done = 0
+                while done < content.nbytes:
+                    done += os.write(fd, content[done:])
+                os.fchmod(fd, entry.mode & 0o777)
+                set_times(fd, mtime_ns=entry.mtime_ns)
+                if fsync is not Fsync.NEVER:
+                    os.fsync(fd)
+                fd, closing = -1, fd
+                os.close(closing)  # some file systems report a failed write only here
+                os.rename(temporary, leaf, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=parent_fd)
+                raise
+            if fsync is not Fsync.NEVER:
+                sync_directory(parent_fd)
+        except OSError as err:
+            raise target_error(err, "cannot write", path=display_path(path)) from err
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def read_file(self, path: bytes, view: memoryview, *, parents: Parents) -> os.stat_result | None:
+        """Read all of the regular file ``path`` to the beginning of ``view``; None when that has no room for it.
+
+        Returns what the file was, which counts rather than what its name was a moment ago.
+
+        Raises:
+            NotFoundError, RefusedError, StorageError: as `open_source`.
+            SourceChangedError: it was written to meanwhile.
+        """
+        parent_fd, leaf = parents.of(path)
+        try:
+            fd = os.open(leaf, _READ, dir_fd=parent_fd)
+            try:
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    _require_file(status.st_mode, shown=display_path(path))
+                size = status.st_size
+                if size > view.nbytes:
+                    return None
+                done = 0
+                while done < size and (step := os.readv(fd, [view[done:size]])):
+                    done += step
+                after = os.fstat(fd)
+            finally:
+                os.close(fd)
+        except OSError as err:
+            raise error_from_os(err, "cannot read", path=display_path(path)) from err
+        if done < size or (after.st_size, after.st_mtime_ns) != (size, status.st_mtime_ns):
+            raise source_changed(display_path(path))
+        return status
 
     def put_directory(self, path: bytes, entry: Entry) -> None:
         """Make the directory ``path`` unless it is there, then set mode and modification time from ``entry``.
@@ -336,13 +410,13 @@ class Root:
             raise
         return fd
 
-    def _look(self, parent_fd: int, name: bytes, path: bytes, *, shown: str) -> Entry | None:
-        """The entry ``name``; None when it is forbidden."""
+    def _look(self, parent_fd: int, name: bytes, path: bytes, *, full: bytes) -> Entry | None:
+        """The entry ``name``, whose path is ``full``; None when it is forbidden."""
         try:
             status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
             return None if self._is_forbidden(status) else self._describe(parent_fd, name, path, status)
         except OSError as err:
-            raise error_from_os(err, "cannot look at", path=shown) from err
+            raise error_from_os(err, "cannot look at", path=display_path(full)) from err
 
     def _describe(self, parent_fd: int, name: bytes, path: bytes, status: os.stat_result) -> Entry:
         kind = entry_type(status.st_mode)
@@ -410,7 +484,7 @@ class Root:
         return _Level(fd, entry, iter([found for found in names if not found.startswith(HIDDEN_PREFIX)]))
 
     def _is_forbidden(self, status: os.stat_result) -> bool:
-        return (status.st_dev, status.st_ino) in self._forbidden
+        return bool(self._forbidden) and (status.st_dev, status.st_ino) in self._forbidden
 
     def _lies_in_forbidden(self, fd: int) -> bool:
         """Whether the directory ``fd`` or one above it is forbidden."""
@@ -432,6 +506,58 @@ class Root:
                 fd = above
         finally:
             os.close(fd)
+
+
+class Parents:
+    """The directories that hold one path after another; the last one stays open for the next path, until `close`.
+
+    It stays the same directory, whatever happens to its name. One thread at a time. ``create`` makes what is missing
+    on the way, and cleans up what broken copies left.
+    """
+
+    def __init__(self, root: Root, *, create: bool = False) -> None:
+        self._root = root
+        self._create = create
+        self._directory = b""
+        self._fd = -1
+        self._stem = HIDDEN_PREFIX + secrets.token_hex(8).encode()
+        self._count = 0
+
+    def of(self, path: bytes) -> tuple[int, bytes]:
+        """The directory that holds ``path``, as a descriptor that lasts until the next call, and the last component.
+
+        Raises:
+            RefusedError, NotFoundError, StorageError: as `Root.parent`.
+        """
+        directory, _, leaf = path.rpartition(b"/")
+        if self._fd >= 0 and directory == self._directory and is_legal_name(leaf):
+            return self._fd, leaf
+        self.close()
+        self._fd, leaf = self._root._open_parent(path, create=self._create)
+        self._directory = directory
+        if self._create:
+            status = os.fstat(self._fd)
+            self._root._partials.sweep(self._fd, (status.st_dev, status.st_ino))
+        return self._fd, leaf
+
+    def temporary_name(self) -> bytes:
+        """As `partial.temporary_name`, for less: a fresh name each time."""
+        self._count += 1
+        return b"%s%x%s" % (self._stem, self._count, PART)
+
+    def close(self) -> None:
+        """Let the last one go. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def _require_leaf(path: bytes) -> tuple[bytes, ...]:

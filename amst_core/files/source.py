@@ -57,6 +57,11 @@ def sha256_of(fd: int, *, size: int, cancelled: Callable[[], bool]) -> bytes | N
     return digest.digest() if done == size else None
 
 
+def source_changed(shown: str) -> SourceChangedError:
+    """A file was written to while it was read."""
+    return SourceChangedError(f"{shown} changed while it was read; send it again", path=shown)
+
+
 def _holes(fd: int, size: int) -> Iterator[tuple[int, int]]:
     at = 0
     while at < size:
@@ -220,7 +225,7 @@ class FileSource:
             raise CancelledError(f"reading {self.name} was cancelled", path=self.name)
         self.verify()
         if found is None:
-            raise self._changed()
+            raise source_changed(self.name)
         return found
 
     def verify(self) -> None:
@@ -235,14 +240,11 @@ class FileSource:
         with self._descriptor as fd:
             status = os.fstat(fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise self._changed()
+            raise source_changed(self.name)
 
     def close(self) -> None:
         """Close the file, once reads in progress have returned. Idempotent, returns at once."""
         self._descriptor.close()
-
-    def _changed(self) -> SourceChangedError:
-        return SourceChangedError(f"{self.name} changed while it was read; send it again", path=self.name)
 
     def __enter__(self) -> Self:
         return self

@@ -11,15 +11,25 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from ..errors import AmstError, BrokenError, CancelledError, NotFoundError, ProtocolError, RefusedError, error_from_kind
+from ..errors import (
+    AmstError,
+    BrokenError,
+    BusyError,
+    CancelledError,
+    NotFoundError,
+    ProtocolError,
+    RefusedError,
+    error_from_kind,
+)
 from ..files.entries import Entry, EntryType, display_path, from_attributes, join_path
 from ..files.root import Root
 from ..files.sink import Recovered
 from ..wire import requests as ops
 from ..wire.fields import AttributeValue
-from ..wire.messages import HOLD, HOLES, Open, holes_of
+from ..wire.messages import HOLD, HOLES, PACK, Open, holes_of
 from .core import SessionCore
 from .endpoints import Sink, TreeEntrySink
+from .packs import MAX_PACKS, PackSink
 from .requests import PendingRequest
 from .service import TreeSender, is_present, measure
 
@@ -230,8 +240,8 @@ def upload(
                 failures = sender.send(remote)
             except AmstError as err:
                 if session.error is not None:
-                    for entry, ticket in sender.unfinished():
-                        how_far = f"{ticket.acknowledged} of {entry.size} bytes had arrived"
+                    for entry, arrived in sender.unfinished():
+                        how_far = f"{arrived} of {entry.size} bytes had arrived"
                         lost = error_from_kind(err.kind, f"not finished, {how_far}")
                         account.failed(join_path(os.fsencode(local), entry.path), lost)
                     raise
@@ -334,11 +344,14 @@ class _Receiver:
         self._remote = remote
         self._account = account
         self._open: set[int] = set()  # transfers under way
+        self._packs: set[int] = set()  # of them, packs
         self.answered = False  # something was offered
         self._changed = threading.Condition()
 
     def accept(self, opened: Open) -> Sink:
         self.answered = True
+        if opened.kind == PACK:
+            return self._accept_pack(opened)
         try:
             entry = from_attributes(opened.attributes, size=opened.size)
         except ProtocolError:
@@ -360,6 +373,31 @@ class _Receiver:
         sink.on_stored = self._account.moved
         sink.leave_out(sum(end - start for start, end in holes_of(opened)))
         return sink
+
+    def _accept_pack(self, opened: Open) -> Sink:
+        """What goes wrong with a pack, the entries tell one by one, for then they come so."""
+        if self._stop.asked:
+            raise _stopping()
+        if len(self._packs) >= MAX_PACKS:
+            raise BusyError(f"more than {MAX_PACKS} packs of one request at once")
+        self._account.begin()
+        sink = PackSink(
+            self._core,
+            self._root,
+            opened,
+            base=self._name,
+            on_stored=self._account.moved,
+            on_kept=self._kept,
+            on_end=partial(self._let_go, opened.transfer),
+        )
+        with self._changed:
+            self._open.add(opened.transfer)
+            self._packs.add(opened.transfer)
+        return sink
+
+    def _kept(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._account.done(entry)
 
     @property
     def is_idle(self) -> bool:
@@ -383,8 +421,12 @@ class _Receiver:
             self._account.done(entry)
         else:
             self._account.failed(join_path(self._remote, entry.path), error)
+        self._let_go(transfer)
+
+    def _let_go(self, transfer: int) -> None:
         with self._changed:
             self._open.discard(transfer)
+            self._packs.discard(transfer)
             self._changed.notify_all()
 
 

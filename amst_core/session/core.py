@@ -47,8 +47,9 @@ from ..files.journal import Fsync
 from ..memory import MemoryShare
 from ..wire.fields import AttributeValue
 from ..wire.frames import FrameHeader, FrameKind, encode_ack
-from ..wire.messages import FILE, HOLD, HOLES, MESSAGE, SIZE_UNKNOWN, Ack, Close, Credit, LaneLost, Message, Open
+from ..wire.messages import FILE, HOLD, HOLES, MESSAGE, PACK, SIZE_UNKNOWN, Ack, Close, Credit, LaneLost, Message, Open
 from .background import Background
+from .chunking import ChunkTuner
 from .endpoints import Sink, Source
 from .inbox import Inbox
 from .ordered import OrderedSink, OrderedSource
@@ -158,8 +159,9 @@ class SessionCore:
         self.memory = memory
         self.send_pool = memory.send_pool
         self.receive_pool = memory.receive_pool
-        self._chunk_size = min(chunk_size, remote.max_chunk, memory.max_chunk)
-        self.engine.chunk_size = self._chunk_size
+        most = min(remote.max_chunk, memory.max_chunk)
+        self._chunks = ChunkTuner(min(chunk_size, most), most=most)
+        self.engine.chunk_size = self._chunks.size
         self.inbox = Inbox(
             self.lock,
             self.engine,
@@ -311,6 +313,8 @@ class SessionCore:
         self._late_looked_at = now
         with self.lock:
             self.engine.resend_late(now)
+            if self._chunks.observe(self.engine.bytes_acknowledged, now):
+                self._fit_chunks_locked()
             work = self._work_locked()
             self.kick_locked()
         self._begin(work)
@@ -755,13 +759,18 @@ class SessionCore:
             self.room.notify_all()
 
     def _fit_chunks_locked(self) -> None:
-        """Keep chunk size × lanes inside the scratch memory of sealing."""
-        share = self.send_pool.limit // max(1, len(self.lanes)) - 8192
-        size = min(self._chunk_size, max(64 << 10, share & ~0xFFFF))
-        if any(worker.needs_scratch for worker in self.lanes.values()) and size != self.engine.chunk_size:
-            if size < self._chunk_size:
-                _log.info("chunks of %d KiB for %d streams to fit limits.memory", size >> 10, len(self.lanes))
-            self.engine.chunk_size = size
+        """Keep chunk size × lanes inside the scratch memory that sealing, and files, need."""
+        size = self._chunks.size
+        if size > self._chunks.configured or any(worker.needs_scratch for worker in self.lanes.values()):
+            share = self.send_pool.limit // max(1, len(self.lanes)) - 8192
+            size = min(size, max(64 << 10, share & ~0xFFFF))
+        if size == self.engine.chunk_size:
+            return
+        if size < self._chunks.configured:
+            _log.info("chunks of %d KiB for %d streams to fit limits.memory", size >> 10, len(self.lanes))
+        else:
+            _log.debug("chunks of %d KiB", size >> 10)
+        self.engine.chunk_size = size
 
     # ---- what the engine says ------------------------------------------------------------------------
 
@@ -837,7 +846,7 @@ class SessionCore:
         try:
             if self.draining:
                 raise BusyError("this side is stopping and takes nothing new")
-            if opened.request and opened.kind != FILE:
+            if opened.request and opened.kind not in (FILE, PACK):
                 raise RefusedError("only files answer a request")
             if opened.request:
                 acceptor = self._request_acceptors.get(opened.request)

@@ -5,24 +5,40 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from typing import Final
 
-from ..errors import AmstError, BusyError, CancelledError, NotFoundError, ProtocolError, RefusedError, StorageError
+from ..errors import (
+    AmstError,
+    BusyError,
+    CancelledError,
+    NotFoundError,
+    ProtocolError,
+    RefusedError,
+    SourceChangedError,
+    StorageError,
+)
 from ..files.entries import MAX_PATH, Entry, EntryType, WalkError, from_attributes, join_path, split_path, to_attributes
 from ..files.listing import Listing
-from ..files.root import Root
+from ..files.root import Parents, Root
 from ..wire import requests as ops
 from ..wire.fields import AttributeValue
-from ..wire.messages import FILE, HOLD, HOLES, SIZE_UNKNOWN, Open, Reply, Request
+from ..wire.messages import FILE, HOLD, HOLES, PACK, SIZE_UNKNOWN, Open, Reply, Request
 from .core import MIN_RATE, SessionCore
 from .endpoints import FileContent, MemorySource, Sink, Source, TreeEntrySink
 from .listing import describe
+from .packs import MAX_PACKS, PACK_BYTES, PACKED_UP_TO, PACKS_AT_ONCE, Pack, PackSink
 from .tickets import Ticket
 
 _NOTHING: Final = memoryview(b"")
+
+_ENTRY_ERRORS: Final = (NotFoundError, RefusedError, StorageError, SourceChangedError, CancelledError)
+"""What concerns one entry of a tree; the others go on."""
 
 MAX_OPERATION: Final = 32
 """Of the name of an operation, so much is looked at."""
@@ -48,7 +64,9 @@ class FileService:
         self._listing = Listing(root) if root is not None else None
         self._lists = 0
         self._queued = 0  # counted up by the control loop and down by the worker: a bound, not to the last one
+        self._packs: set[int] = set()  # under way
         core.accept_kind(FILE, self._accept)
+        core.accept_kind(PACK, self._accept_pack)
 
     def handle(self, request: Request) -> None:
         """Answer a request of the peer; returns at once."""
@@ -85,6 +103,14 @@ class FileService:
         if open_ended and entry.type is not EntryType.FILE:
             raise ProtocolError(f"entry of type {entry.type.value} cannot have a size that is not known")
         return TreeEntrySink(self._core, self._required_root(), entry.path, entry, open_ended=open_ended)
+
+    def _accept_pack(self, opened: Open) -> Sink:
+        root = self._required_root()
+        if len(self._packs) >= MAX_PACKS:
+            raise BusyError(f"more than {MAX_PACKS} packs of one session at once")
+        sink = PackSink(self._core, root, opened, on_end=lambda: self._packs.discard(opened.transfer))
+        self._packs.add(opened.transfer)
+        return sink
 
     def _required_root(self) -> Root:
         if self._root is None:
@@ -209,9 +235,9 @@ def _path(request: Request) -> bytes:
 class TreeSender:
     """Sends what lies at ``path`` below ``root``: a file, a link, or a directory with all that is in it.
 
-    Files travel many at once; directories follow when everything below them has arrived, so that their
-    modes and times stay what they are told to be. With ``on_hold`` the peer is asked, file by file, what it has; with
-    ``sparse`` the holes of files are left out.
+    Files travel many at once, small ones in packs; directories follow when everything below them has arrived, so that
+    their modes and times stay what they are told to be. With ``on_hold`` the peer is asked, file by file, what it has,
+    and nothing is packed; with ``sparse`` the holes of files are left out.
     """
 
     def __init__(
@@ -232,8 +258,13 @@ class TreeSender:
         self._root = root
         self._path = path
         self._request = request
-        self._completed: queue.SimpleQueue[tuple[Entry, Ticket]] = queue.SimpleQueue()
-        self._under_way: dict[Ticket, Entry] = {}
+        self._completed: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self._under_way: dict[Ticket, Sequence[Entry]] = {}
+        self._pack: Pack | None = None
+        self._spare: deque[memoryview] = deque()
+        self._packs_under_way = 0
+        self._target = b""
+        self._failures: list[tuple[bytes, AmstError]] = []
         self.on_progress: Callable[[int], None] | None = None  # more bytes acknowledged
         self.on_done: Callable[[Entry, AmstError | None], None] | None = None
 
@@ -244,29 +275,27 @@ class TreeSender:
             NotFoundError, RefusedError, StorageError: nothing can be read at ``path``.
             AmstError: the session ended.
         """
-        failures: list[tuple[bytes, AmstError]] = []
+        self._target = target
         directories: list[Entry] = []
-        for found in self._root.walk(self._path):
-            if self._stopping:
-                break
-            try:
+        with Parents(self._root) as parents:
+            for found in self._root.walk(self._path):
+                if self._stopping:
+                    break
                 if isinstance(found, WalkError):
-                    raise found.error
-                if found.type is EntryType.DIRECTORY:
+                    self._failed(found.path, found.error)
+                elif found.type is EntryType.DIRECTORY:
                     directories.append(found)
                 else:
-                    self._open(found, target)
-            except (NotFoundError, RefusedError, StorageError, CancelledError) as err:
-                failures.append((found.path, err))
-                if self._request:
-                    self._report(found.path, err, target)
-            self._reap(failures, wait=False)
-        self._reap(failures, wait=True)
-        for directory in directories if not self._stopping else ():
-            self._open(directory, target)
-            self._reap(failures, wait=False)
-        self._reap(failures, wait=True)
-        return failures
+                    self._send(found, parents)
+                self._reap(wait=False)
+            self._flush()
+            self._reap(wait=True)
+            for directory in directories if not self._stopping else ():
+                self._send(directory, parents)
+                self._reap(wait=False)
+            self._flush()
+            self._reap(wait=True)
+        return self._failures
 
     def stop(self) -> None:
         """Begin nothing new; `send` returns when what is under way has ended (any thread)."""
@@ -280,11 +309,84 @@ class TreeSender:
         for ticket in list(self._under_way):
             ticket.cancel()
 
-    def unfinished(self) -> list[tuple[Entry, Ticket]]:
-        """What was under way when the session ended."""
-        return [(entry, ticket) for ticket, entry in self._under_way.items() if ticket.error is not None]
+    def unfinished(self) -> list[tuple[Entry, int]]:
+        """What was under way when the session ended, and how many bytes of it had arrived."""
+        return [
+            (entry, min(max(0, ticket.acknowledged - start), entry.size))
+            for ticket, entries in self._under_way.items()
+            if ticket.error is not None
+            for entry, start in zip(entries, accumulate((entry.size for entry in entries), initial=0), strict=False)
+        ]
 
-    def _open(self, entry: Entry, target: bytes) -> None:
+    def _send(self, entry: Entry, parents: Parents) -> None:
+        """Have ``entry`` sent, in a pack if it is small."""
+        try:
+            if self._on_hold or entry.size > PACKED_UP_TO:
+                self._open(entry)
+                return
+            for _ in range(2):
+                if self._pack is None:
+                    self._pack = Pack(self._root, self._path, self._target, memory=self._memory(), parents=parents)
+                if self._pack.add(entry):
+                    return
+                self._flush()
+            self._open(entry)  # it grew, or chunks are shorter than it
+        except _ENTRY_ERRORS as err:
+            self._failed(entry.path, err)
+
+    def _failed(self, path: bytes, error: AmstError) -> None:
+        self._failures.append((path, error))
+        if self._request:
+            self._report(path, error)
+
+    def _memory(self) -> memoryview:
+        """Room for a pack that fits a chunk; what has been used is warm."""
+        try:
+            memory = self._spare.pop()
+        except IndexError:
+            memory = memoryview(bytearray(PACK_BYTES))
+        return memory[: self._core.engine.chunk_size]
+
+    def _flush(self) -> None:
+        """Send the pack that was being filled."""
+        pack, self._pack = self._pack, None
+        if pack is None or not pack.entries:
+            return
+        self._reap(wait=False, packs=PACKS_AT_ONCE - 1)
+        if len(pack.entries) == 1 or not self._core.reserve_copy(pack.size):
+            self._send_each(pack.entries)
+            return
+        try:
+            ticket = self._core.open(
+                PACK,
+                pack.source(partial(self._packed, pack)),
+                size=pack.size,
+                flow=("files", self._request),
+                request=self._request,
+                attributes={ops.ENTRIES: pack.table},
+                on_progress=self._counter() if self.on_progress is not None else None,
+                given_up=lambda: self._given_up,
+            )
+        except CancelledError as err:
+            for entry in pack.entries:
+                self._failed(entry.path, err)
+            return
+        self._track(pack.entries, ticket)
+
+    def _packed(self, pack: Pack) -> None:
+        """Nobody reads the pack any more (any thread)."""
+        self._spare.append(memoryview(pack.memory.obj))
+        self._core.release_copy(pack.size)
+
+    def _send_each(self, entries: Sequence[Entry]) -> None:
+        """The peer could not keep them as a pack: have each arrive, or tell why not."""
+        for entry in entries:
+            try:
+                self._open(entry)
+            except _ENTRY_ERRORS as err:
+                self._failed(entry.path, err)
+
+    def _open(self, entry: Entry) -> None:
         here = join_path(self._path, entry.path)
         source: Source
         if entry.type is EntryType.FILE:
@@ -301,23 +403,24 @@ class TreeSender:
         else:
             source = MemorySource(_NOTHING)
         self._track(
-            entry,
+            (entry,),
             self._core.open(
                 FILE,
                 source,
                 size=entry.size,
                 flow=("files", self._request),
                 request=self._request,
-                attributes=to_attributes(replace(entry, path=join_path(target, entry.path))),
+                attributes=to_attributes(replace(entry, path=join_path(self._target, entry.path))),
                 on_progress=self._counter() if self.on_progress is not None else None,
                 on_hold=self._on_hold and entry.type is EntryType.FILE,
                 given_up=lambda: self._given_up,
             ),
         )
 
-    def _track(self, entry: Entry, ticket: Ticket) -> None:
-        self._under_way[ticket] = entry
-        ticket.add_done_callback(lambda done: self._completed.put((entry, done)))
+    def _track(self, entries: Sequence[Entry], ticket: Ticket) -> None:
+        self._under_way[ticket] = entries
+        self._packs_under_way += len(entries) > 1
+        ticket.add_done_callback(self._completed.put)
         if self._given_up:
             ticket.cancel()  # `cancel` may have come before it was among those under way
 
@@ -332,7 +435,7 @@ class TreeSender:
 
         return progressed
 
-    def _report(self, path: bytes, error: AmstError, target: bytes) -> None:
+    def _report(self, path: bytes, error: AmstError) -> None:
         """Have the peer know of an entry that it asked for and cannot get."""
         self._core.open(
             FILE,
@@ -340,20 +443,25 @@ class TreeSender:
             size=0,
             flow=("files", self._request),
             request=self._request,
-            attributes=to_attributes(Entry(join_path(target, path), EntryType.FILE, 0, 0)),
+            attributes=to_attributes(Entry(join_path(self._target, path), EntryType.FILE, 0, 0)),
         )
 
-    def _reap(self, failures: list[tuple[bytes, AmstError]], *, wait: bool) -> None:
-        """Account for completed transfers; with ``wait`` for all that are open."""
-        while self._under_way and (wait or not self._completed.empty()):
-            entry, ticket = self._completed.get()
+    def _reap(self, *, wait: bool, packs: int = PACKS_AT_ONCE) -> None:
+        """Account for what has completed; wait until all has, or until no more than ``packs`` are under way."""
+        while self._under_way and (wait or self._packs_under_way > packs or not self._completed.empty()):
+            ticket = self._completed.get()
             if ticket.error is not None and self._core.error is not None:
                 raise copy(self._core.error)
-            del self._under_way[ticket]
-            if ticket.error is not None:
-                failures.append((entry.path, ticket.error))
-            if self.on_done is not None:
-                self.on_done(entry, ticket.error)
+            entries = self._under_way.pop(ticket)
+            self._packs_under_way -= len(entries) > 1
+            if ticket.error is not None and len(entries) > 1 and not self._stopping:
+                self._send_each(entries)
+                continue
+            for entry in entries:
+                if ticket.error is not None:
+                    self._failures.append((entry.path, ticket.error))
+                if self.on_done is not None:
+                    self.on_done(entry, ticket.error)
 
 
 class _Unreadable(Source):

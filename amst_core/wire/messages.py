@@ -56,6 +56,8 @@ MAX_HOLES: Final = 1024
 MESSAGE: Final = 1
 PIPE: Final = 2
 FILE: Final = 3
+PACK: Final = 4
+"""Small files, links and directories together: ``entries`` in its OPEN has them, its bytes are the files' in turn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from amst_core.files.source import FileSource
 from amst_core.session.copying import CopyResult, download, upload
 from amst_core.session.core import SessionCore
 from amst_core.session.endpoints import MemorySource
+from amst_core.session.packs import PACKED_UP_TO
 from amst_core.wire import requests as ops
 from amst_core.wire.messages import FILE, Reply
 
@@ -463,14 +464,14 @@ def test_a_source_that_vanishes_before_its_turn_is_reported(
 ) -> None:
     from amst_core.files.root import Root
 
-    open_source = Root.open_source
+    read_file = Root.read_file
 
-    def vanishing(root: Root, path: bytes) -> FileSource:
+    def vanishing(root: Root, path: bytes, *args: Any, **named: Any) -> os.stat_result | None:
         if path.endswith(b"gone"):
             (source / "tree" / "gone").unlink()
-        return open_source(root, path)
+        return read_file(root, path, *args, **named)
 
-    monkeypatch.setattr(Root, "open_source", vanishing)
+    monkeypatch.setattr(Root, "read_file", vanishing)
     pair = net.pair(root=there)
     ways: list[tuple[Path, Callable[[], CopyResult], Path]] = [
         (here, lambda: upload(pair.near, [(here / "tree", b"up")]), there / "up"),
@@ -690,7 +691,8 @@ def test_a_file_goes_on_where_a_session_that_ended_left_it(
 ) -> None:
     source = here if direction == "up" else there
     (source / "tree").mkdir()
-    (source / "tree" / "done").write_bytes(b"done")
+    done = os.urandom(PACKED_UP_TO + 1)  # what is packed may go after what comes behind it
+    (source / "tree" / "done").write_bytes(done)
     (source / "tree" / "held").write_bytes(os.urandom(4 * MIB))
     held = Held(monkeypatch, "held")
     pair = net.pair(root=there)
@@ -703,7 +705,7 @@ def test_a_file_goes_on_where_a_session_that_ended_left_it(
     assert held.reached.wait(20)
     net.wait_until(lambda: (target / "done").exists(), "the first file")
     receiver = (pair.far if direction == "up" else pair.near).core.engine
-    arrived = 64 * 1024 + 4  # what needs no credit, and the other file
+    arrived = 64 * 1024 + len(done)  # what needs no credit, and the other file
     net.wait_until(lambda: receiver.bytes_verified >= arrived, "the beginning of the second")
     getattr(pair, who).abort()
     held.go_on.set()
@@ -719,7 +721,7 @@ def test_a_file_goes_on_where_a_session_that_ended_left_it(
     else:
         copy = download(again, [(b"tree", here / "copy")])
     assert (target / "held").read_bytes() == (source / "tree" / "held").read_bytes()
-    assert (copy.files, copy.bytes) == (2, 4 * MIB + 4)
+    assert (copy.files, copy.bytes) == (2, 4 * MIB + len(done))
     assert copy.resumed_bytes >= arrived
     no_leftovers()
 
