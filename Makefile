@@ -36,7 +36,7 @@ test: install ## run all tests in .venv (PYTEST_ARGS='-k plugins' passes through
 	@code=0; \
 	run() { \
 	    echo "pytest $$*"; \
-	    $(VENV)/bin/python -m pytest "$$@" $(PYTEST_ARGS) || $(if $(PYTEST_ARGS),[ $$? = 5 ],false) || code=1; \
+	    $(VENV)/bin/python scripts/run_tests.py "$$@" $(PYTEST_ARGS) || $(if $(PYTEST_ARGS),[ $$? = 5 ],false) || code=1; \
 	}; \
 	run -n $(WORKERS) --dist loadfile -m 'not alone' tests $(wildcard plugins/*/tests); \
 	run -m alone tests; \

@@ -159,7 +159,7 @@ class Relation:
 
 KEYS: Final = (
     Key("transport.amst.chunk_size_kb", Kind.KIB, 1024 * _KIB, low=16 * _KIB, high=4096 * _KIB, example="1024",
-        help="Largest piece of a transfer that travels as one unit, in KiB."),
+        help="Bytes of a transfer that travel as one unit, in KiB; up to four times as many on a fast path."),
     Key("transport.amst.max_streams", Kind.COUNT, 256, low=1, high=512, example="64",
         help="Most streams (lanes) a session may have."),
     Key("transport.amst.min_streams", Kind.COUNT, 1, low=1, high=512, example="4",

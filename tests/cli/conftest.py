@@ -88,9 +88,9 @@ def on_a_terminal(shell: Shell, *args: object) -> Iterator[tuple[subprocess.Pope
 
 
 def read_terminal(fd: int, until: bytes) -> bytes:
-    """What is shown, up to ``until``."""
+    """What is shown, up to ``until``; what is there, if that is empty."""
     seen = b""
-    while until not in seen:
+    while not seen or until not in seen:
         assert select.select([fd], [], [], TIMEOUT_S)[0], f"no {until!r} in {seen!r}"
         try:
             seen += os.read(fd, 65536)

@@ -197,7 +197,7 @@ def test_a_signal_ends_a_measurement(number, code, amst, server):
     with on_a_terminal(amst, "bench", "--time", "1h", "--reverse", server.url) as (process, terminal):
         read_terminal(terminal, b"iB/s")
         process.send_signal(number)
-        assert process.wait(TIMEOUT_S) == code
+        assert process.wait(TIMEOUT_S) == code, read_terminal(terminal, b"")
     assert measured(amst("bench", "--json", server.url, "--size", "1MiB"))["bytes"] == 1 << 20
 
 
