@@ -50,6 +50,7 @@ from ..wire.frames import FrameHeader, FrameKind, encode_ack
 from ..wire.messages import FILE, HOLD, HOLES, MESSAGE, PACK, SIZE_UNKNOWN, Ack, Close, Credit, LaneLost, Message, Open
 from .background import Background
 from .chunking import ChunkTuner
+from .crew import Crew
 from .endpoints import Sink, Source
 from .inbox import Inbox
 from .ordered import OrderedSink, OrderedSource
@@ -178,6 +179,7 @@ class SessionCore:
         self._outgoing: dict[int, _Outgoing] = {}
         self._sinks: dict[int, Sink] = {}
         self._idle: list[LaneWorker] = []
+        self._crew = Crew()
         self._outbox: list[Message] = []
         self.draining = False  # what is open may end, nothing new is taken
         self.serving = 0  # requests of the peer under way that take their time
@@ -313,6 +315,8 @@ class SessionCore:
         self._late_looked_at = now
         with self.lock:
             self.engine.resend_late(now)
+            path = max(self.lanes.values(), key=lambda lane: lane.bytes_sent, default=None)
+            self._crew.found_path(None if path is None else path.lane.path_stats().min_rtt_s)
             if self._chunks.observe(self.engine.bytes_acknowledged, now):
                 self._fit_chunks_locked()
             work = self._work_locked()
@@ -520,6 +524,7 @@ class SessionCore:
         """
         with self.lock:
             if last is not None:
+                self._crew.ended(worker.id)
                 self.engine.chunk_left(last)
                 work = self._work_locked()
                 self.wake_locked()
@@ -540,8 +545,13 @@ class SessionCore:
                     self.kick_locked()
                     return None
                 now = time.monotonic()
+                if self._crew.is_full(now):
+                    self._idle.append(worker)
+                    worker.ready.wait()
+                    continue
                 chunk = self.engine.next_chunk(worker.id, now)
                 if chunk is not None:
+                    self._crew.began(worker.id, now)
                     self.kick_locked()
                     return chunk, self._outgoing[chunk.transfer].source
                 paced_until = self.engine.paced_until(now) if self._paced is None else None
@@ -556,6 +566,7 @@ class SessionCore:
     def chunk_left(self, chunk: Chunk) -> None:
         """A lane that stops sending has done with its last chunk."""
         with self.lock:
+            self._crew.ended(chunk.lane)
             self.engine.chunk_left(chunk)
             work = self._work_locked()
             self.kick_locked()
@@ -564,7 +575,7 @@ class SessionCore:
 
     def kick_locked(self) -> None:
         """Wake one idle lane if a chunk waits; that one wakes the next."""
-        if not self.engine.has_chunks or self._paced is not None:
+        if not self.engine.has_chunks or self._paced is not None or self._crew.is_full(time.monotonic()):
             return
         for at in range(len(self._idle) - 1, -1, -1):
             worker = self._idle[at]
