@@ -1,7 +1,8 @@
 """Run pytest with the arguments given; with AMST_RERUN=1, run what failed once more, by itself, and name it.
 
-Thousands of tests that kill processes and cut connections, several files at a time on a shared machine, meet its stalls.
-What fails by itself as well fails the run. What then passes is named as unsteady: it has to be mended all the same.
+Thousands of tests that kill processes and cut connections, several files at a time on a shared machine, meet its
+stalls. What fails by itself as well fails the run. What then passes is named as unsteady: it has to be mended all the
+same.
 """
 
 from __future__ import annotations

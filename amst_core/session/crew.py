@@ -1,4 +1,4 @@
-"""Which lanes are at work: on a short path no more of them than the processor serves, for the rest would only contend."""
+"""Which lanes are at work: on a short path no more than the processor serves, for the rest would only contend."""
 
 from __future__ import annotations
 
