@@ -24,6 +24,7 @@ def connect(
     transport: str | None = None,
     require: str | None = None,
     plaintext: bool | None = None,
+    verify: bool = True,
     root: str | os.PathLike[str] | None = None,
     plugins: Plugins | None = None,
 ) -> Opening[Session]:
@@ -45,6 +46,7 @@ def connect(
         transport=transport,
         require=require,
         plaintext=plaintext,
+        verify=verify,
         root=root,
         plugins=plugins,
     )

@@ -36,6 +36,7 @@ def connect(
     transport: str | None = None,
     require: str | None = None,
     plaintext: bool | None = None,
+    verify: bool = True,
     root: str | os.PathLike[str] | None = None,
     plugins: Plugins | None = None,
     attempt: Attempt | None = None,
@@ -49,12 +50,15 @@ def connect(
         transport: the one preferred; another one runs, with a reason, when it cannot be used.
         require: the one that must run.
         plaintext: whether data travels unencrypted (checked by CRC-32C); the server must allow it.
+        verify: False does without that check, in plaintext only. A server that knows no such thing checks all the same
+            (see `SessionReport.verified`).
         root: a directory that the server may read and write, as the server's own root is for this side.
         plugins: where transports come from; by default the installed ones.
         attempt: lets another thread give it up.
 
     Raises:
-        UsageError: the address, the number of streams or the transport's name makes no sense.
+        UsageError: the address, the number of streams or the transport's name makes no sense, or encrypted data is not
+            to be verified.
         ConnectError: the server cannot be reached, is none, or is full.
         AuthError: there is no token, or the server does not accept it.
         UnavailableError: ``require`` cannot be met.
@@ -70,6 +74,7 @@ def connect(
             transport=transport,
             require=require,
             plaintext=plaintext,
+            verify=verify,
             root=root,
             plugins=plugins or Plugins(),
             attempt=attempt,
@@ -85,6 +90,7 @@ def _open(
     transport: str | None,
     require: str | None,
     plaintext: bool | None,
+    verify: bool,
     root: str | os.PathLike[str] | None,
     plugins: Plugins,
     attempt: Attempt,
@@ -100,6 +106,8 @@ def _open(
             "transport.amst.max_streams)"
         )
     wants_plaintext = settings.security.plaintext if plaintext is None else plaintext
+    if not (verify or wants_plaintext):
+        raise UsageError("encrypted data is always verified: to verify none, ask for plaintext too (--plaintext)")
     choice = TransportChoice(plugins, settings, endpoint, preferred=transport, required=require)
     token = token if token is not None else find_token()
     if token is None:
@@ -125,7 +133,7 @@ def _open(
         release()
         raise
     try:
-        wish = handshake.Wish(wants_plaintext, count, tuple(choice.order))
+        wish = handshake.Wish(wants_plaintext, count, tuple(choice.order), verify)
         memory = make_budget(settings).share()
         agreement = _agree(channel, token=token, wish=wish, terms=own_terms(memory), deadline=deadline)
         name = choice.settle([offer.transport for offer in agreement.peer.transports])
@@ -141,6 +149,7 @@ def _open(
         session_id=agreement.session_id,
         secret=agreement.secret,
         encrypted=not wants_plaintext,
+        verified=agreement.verified,
         root=files,
         limits=session_limits(settings),
         mode=Mode.DATACENTER.value,
@@ -153,6 +162,7 @@ def _open(
         core,
         secret=agreement.secret,
         plaintext=wants_plaintext,
+        verified=agreement.verified,
         route=Route(
             host,
             port,

@@ -321,6 +321,7 @@ class Server:
             session_id=agreement.session_id,
             secret=agreement.secret,
             encrypted=not wish.plaintext,
+            verified=agreement.verified,
             root=self._root,
             limits=session_limits(self._settings),
             mode=Mode.DATACENTER.value,
@@ -399,7 +400,9 @@ class Server:
                 core,
                 lane,
                 transport=grant.transport,
-                protection=protection_for(transport, plaintext=grant.agreement.wish.plaintext),
+                protection=protection_for(
+                    transport, plaintext=grant.agreement.wish.plaintext, verified=grant.agreement.verified
+                ),
             )
             core.lane_joined(worker)
         except BaseException:

@@ -96,6 +96,7 @@ def _session(
         transport=options.transport,
         require=options.require,
         plaintext=True if plaintext else None,
+        verify=options.verify == "crc",
     )
     try:
         with session:

@@ -50,7 +50,7 @@ is standard input, and as DST standard output.
 """
 
 _EXITS: Final = """\
-exit codes: 0 all arrived and is verified; 1 other; 2 usage or settings; 3 source not found; 4 cannot connect;
+exit codes: 0 all arrived, verified as asked; 1 other; 2 usage or settings; 3 source not found; 4 cannot connect;
 5 interrupted after a part had arrived; 6 refused: token, permission, path; 7 damaged data; 8 --require cannot be
 met; 130 SIGINT; 141 nobody reads standard output; 143 SIGTERM
 """
@@ -175,6 +175,10 @@ def _add_client(parser: _Parser) -> None:
     parser.add_argument(
         "--plaintext", action="store_true",
         help="checked but not encrypted data; a server grants it on loopback or where its settings allow it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", choices=("crc", "none"), default="crc",
+        help="how --plaintext and copies on this machine are verified (default: crc); encrypted data always is",
     )  # fmt: skip
     parser.add_argument(
         "--bwlimit", type=_bwlimit, metavar="RATE",

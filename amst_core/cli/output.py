@@ -70,7 +70,7 @@ class Report:
         self.congestion = metrics.congestion
         self.congestion_backend = metrics.congestion_backend
         self.encrypted = about.encrypted
-        self.verified = True  # nothing is acknowledged that was not
+        self.verified = about.verified
         self.retransmitted_bytes = metrics.retransmitted_bytes
         self.resumed_bytes = about.resumed_bytes
         self.lane_failures = metrics.lane_failures
@@ -133,7 +133,7 @@ def summary(report: Report, verb: str, *, count_files: bool) -> str:
     plural = "stream" if report.streams == 1 else "streams"
     parts.append(f" over {report.streams} {report.transport} {plural}")
     parts.append(", encrypted" if report.encrypted else ", in plaintext")
-    parts.append(", verified" if report.verified else "")
+    parts.append(", verified" if report.verified else ", not verified")
     return "".join(parts)
 
 

@@ -26,6 +26,7 @@ SOFTWARE: Final = "software"
 STREAMS: Final = "streams"
 TRANSPORTS: Final = "transports"
 PLAINTEXT: Final = "plaintext"
+VERIFY: Final = "verify"
 SESSION: Final = "session"
 EPOCH: Final = "epoch"
 
@@ -39,6 +40,12 @@ class Wish:
     plaintext: bool
     streams: int
     transports: tuple[str, ...]  # in order of preference
+    verify: bool = True  # by CRC-32C what travels in plaintext; the rest is verified anyway
+
+    @property
+    def verified(self) -> bool:
+        """Whether all that arrives is to be verified."""
+        return self.verify or not self.plaintext
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +60,17 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """The outcome: the session's secret, what the peer offers, and the certificate it showed."""
+    """The outcome: the session's secret, what the peer offers, and the certificate it showed.
+
+    ``verified``: what arrives is, because the client wished for it or the server knows no other way.
+    """
 
     session_id: str
     secret: bytes
     peer: Terms
     wish: Wish
     fingerprint: bytes = b""
+    verified: bool = True
 
 
 class Resumable(Protocol):
@@ -105,6 +116,7 @@ def connect(channel: ControlChannel, *, token: bytes, wish: Wish, terms: Terms, 
             STREAMS: wish.streams,
             TRANSPORTS: ",".join(wish.transports),
             PLAINTEXT: wish.plaintext,
+            VERIFY: wish.verified,
         },
         deadline,
     )
@@ -115,8 +127,11 @@ def connect(channel: ControlChannel, *, token: bytes, wish: Wish, terms: Terms, 
     session = theirs.attributes.get(SESSION)
     if not isinstance(session, bytes) or len(session) != SESSION_ID_SIZE:
         raise ProtocolError("PARAMS without a session id", peer=channel.peer)
+    verified = theirs.attributes.get(VERIFY, True)
+    if type(verified) is not bool or verified < wish.verified:
+        raise ProtocolError(f"PARAMS answers {verified!r} to the wish for verification", peer=channel.peer)
     secret = keys.session_secret(half, _half(theirs))
-    return Agreement(session.hex(), secret, _terms(theirs), wish, binding.fingerprint)
+    return Agreement(session.hex(), secret, _terms(theirs), wish, binding.fingerprint, verified)
 
 
 def resume(
@@ -232,10 +247,10 @@ def accept(
         raise
     half, session = secrets.token_bytes(keys.HALF_SIZE), secrets.token_bytes(SESSION_ID_SIZE)
     channel.send(Proof(binding.server_proof(token)))
-    channel.send(_params(half, terms, {SESSION: session}))
+    channel.send(_params(half, terms, {SESSION: session, VERIFY: wish.verified}))
     theirs = _expect(channel, Params, deadline)
     secret = keys.session_secret(_half(theirs), half)
-    return Agreement(session.hex(), secret, _terms(theirs), wish, binding.fingerprint)
+    return Agreement(session.hex(), secret, _terms(theirs), wish, binding.fingerprint, wish.verified)
 
 
 def _accept_resumption(
@@ -316,14 +331,16 @@ def _wish(attributes: Mapping[str, AttributeValue]) -> Wish:
     streams = attributes.get(STREAMS, 1)
     transports = attributes.get(TRANSPORTS, "")
     plaintext = attributes.get(PLAINTEXT, False)
+    verify = attributes.get(VERIFY, True)
     software = attributes.get(SOFTWARE, "")
-    known = (type(streams), type(transports), type(plaintext), type(software))
-    if known != (int, str, bool, str):  # a truth value is an int for isinstance
+    known = (type(streams), type(transports), type(plaintext), type(verify), type(software))
+    if known != (int, str, bool, bool, str):  # a truth value is an int for isinstance
         raise ProtocolError("HELLO attributes of the wrong type")
-    assert isinstance(streams, int) and isinstance(transports, str) and isinstance(plaintext, bool), "looked at above"
+    assert isinstance(streams, int) and isinstance(transports, str), "looked at above"
+    assert isinstance(plaintext, bool) and isinstance(verify, bool), "looked at above"
     if not 0 <= streams <= 65535:
         raise ProtocolError(f"HELLO asks for {streams} streams")
-    return Wish(plaintext, streams, tuple(filter(None, transports.split(","))))
+    return Wish(plaintext, streams, tuple(filter(None, transports.split(","))), verify)
 
 
 def _resuming(attributes: Mapping[str, AttributeValue]) -> tuple[str, int] | None:

@@ -1,4 +1,4 @@
-"""Sealing of lane frames: AES-256-GCM, CRC-32C, or nothing where the transport itself is secure.
+"""Sealing of lane frames: AES-256-GCM, CRC-32C, or nothing where the transport itself is secure or nobody verifies.
 
 A sealer writes one direction of one lane and an opener reads it, each used by one thread at a time. CHALLENGE
 and ADMIT travel before a lane has keys and are never sealed; every other frame is (docs/security.md).
@@ -36,6 +36,8 @@ class Protection(enum.Enum):
     """CRC-32C (``--plaintext``): guards against accidents, not against people."""
     TRANSPORT = "transport"
     """The lane's transport is SECURE and does it all; the core adds nothing."""
+    NONE = "none"
+    """Nothing (``--plaintext --verify none``): what the transport lets through damaged arrives damaged."""
 
 
 class FrameSealer(ABC):
@@ -179,20 +181,20 @@ class CrcOpener(FrameOpener):
         return placed
 
 
-class TransportSealer(FrameSealer):
-    """Adds nothing; for lanes of a SECURE transport."""
+class BareSealer(FrameSealer):
+    """Adds nothing; for lanes of a SECURE transport, and those that nobody verifies."""
 
     def _seal(self, raw: bytes, payload: memoryview, buffer: memoryview | None) -> tuple[bytes, memoryview]:
         return raw, payload
 
 
-class TransportOpener(FrameOpener):
-    """The other end of a `TransportSealer`; a check that is not zero is refused."""
+class BareOpener(FrameOpener):
+    """The other end of a `BareSealer`; a check that is not zero is refused."""
 
     def open(self, header: bytes, placed: memoryview, *, into: memoryview | None = None) -> memoryview:
         (check,) = _CHECK.unpack_from(header)
         if check:
-            raise ProtocolError(f"frame with check {check:08x} on a lane whose transport is secure by itself")
+            raise ProtocolError(f"frame with check {check:08x} on a lane that is sealed without")
         return placed
 
 
@@ -203,8 +205,8 @@ def make_sealer(protection: Protection, key: bytes) -> FrameSealer:
             return AeadSealer(key)
         case Protection.CRC:
             return CrcSealer()
-        case Protection.TRANSPORT:
-            return TransportSealer()
+        case Protection.TRANSPORT | Protection.NONE:
+            return BareSealer()
 
 
 def make_opener(protection: Protection, key: bytes) -> FrameOpener:
@@ -214,8 +216,8 @@ def make_opener(protection: Protection, key: bytes) -> FrameOpener:
             return AeadOpener(key)
         case Protection.CRC:
             return CrcOpener()
-        case Protection.TRANSPORT:
-            return TransportOpener()
+        case Protection.TRANSPORT | Protection.NONE:
+            return BareOpener()
 
 
 def _cipher(key: bytes) -> AESGCM:

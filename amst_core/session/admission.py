@@ -19,11 +19,13 @@ from .lanes import LaneWorker
 _MAC_SIZE = 32
 
 
-def protection_for(transport: Transport, *, plaintext: bool) -> Protection:
-    """What guards the frames of this transport's lanes."""
+def protection_for(transport: Transport, *, plaintext: bool, verified: bool) -> Protection:
+    """What guards the frames of this transport's lanes; ``verified`` counts in plaintext only."""
     if Capability.SECURE in transport.capabilities:
         return Protection.TRANSPORT
-    return Protection.CRC if plaintext else Protection.AEAD
+    if not plaintext:
+        return Protection.AEAD
+    return Protection.CRC if verified else Protection.NONE
 
 
 @dataclass(frozen=True, slots=True)

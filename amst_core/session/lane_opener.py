@@ -63,6 +63,7 @@ class LaneOpener:
         *,
         secret: bytes,
         plaintext: bool,
+        verified: bool,
         route: Route,
         transports: Mapping[str, Transport],
         transport: str,
@@ -71,6 +72,7 @@ class LaneOpener:
         self._core = core
         self._secret = secret
         self._plaintext = plaintext
+        self._verified = verified
         self._route = route
         self._transports = transports
         self._transport = transport
@@ -239,7 +241,7 @@ class LaneOpener:
         try:
             answer_challenge(lane, secret=self._secret, incarnation=incarnation, timeout_s=timeout_s)
             identity = LaneIdentity(self._secret, incarnation, is_opener=True)
-            protection = protection_for(transport, plaintext=self._plaintext)
+            protection = protection_for(transport, plaintext=self._plaintext, verified=self._verified)
             worker = identity.make_worker(self._core, lane, transport=name, protection=protection)
             self._core.lane_joined(worker)
         except BaseException:

@@ -87,6 +87,7 @@ class SessionReport:
 
     setup_seconds: float
     encrypted: bool
+    verified: bool
     transport: str
     transport_reason: str
     most_streams: int
@@ -121,6 +122,7 @@ class Session:
         session_id: str,
         secret: bytes,
         encrypted: bool,
+        verified: bool,
         root: Root | None,
         limits: SessionLimits,
         mode: str,
@@ -137,6 +139,7 @@ class Session:
         self.transport_reason = ""
         self.setup_seconds = 0.0
         self._encrypted = encrypted
+        self._verified = verified
         self._max_message = limits.max_message
         self.max_streams = limits.max_streams
         self.partials = limits.partials
@@ -470,6 +473,7 @@ class Session:
         return SessionReport(
             setup_seconds=self.setup_seconds,
             encrypted=self._encrypted,
+            verified=self._verified,
             transport=self.wanted_transport,
             transport_reason=self.transport_reason,
             most_streams=core.most_lanes,

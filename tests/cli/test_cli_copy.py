@@ -147,6 +147,25 @@ def test_json_tells_what_was_done_and_nothing_else_is_on_standard_output(options
     assert listing(there / "tree") == listing(tree)
 
 
+def test_what_is_not_verified_is_not_said_to_be(place, tmp_path):
+    amst, url, there = place
+    tree = make_tree(tmp_path / "tree")
+    done = amst("cp", "--json", "--plaintext", "--verify", "none", tree, f"{url}/")
+    value = result_of(done)
+    assert (done.returncode, value["ok"], value["encrypted"], value["verified"]) == (0, True, False, False)
+    assert listing(there / "tree") == listing(tree)
+    down = amst("cp", "--plaintext", "--verify", "none", "--streams", "1", f"{url}/tree", "back")
+    assert down.stderr.endswith("over 1 tcp stream, in plaintext, not verified\n")
+    assert listing(amst.home / "back") == listing(tree)
+
+
+def test_encrypted_data_cannot_go_unverified(place, tmp_path):
+    amst, url, there = place
+    done = amst("cp", "--json", "--verify", "none", make_tree(tmp_path / "tree"), f"{url}/")
+    assert (done.returncode, result_of(done)["error"]["kind"]) == (2, "usage")
+    assert not (there / "tree").exists()
+
+
 def test_settings_come_from_the_environment_a_file_and_the_command_line(place, tmp_path):
     amst, url, _ = place
     (tmp_path / "a").write_bytes(b"a")

@@ -55,6 +55,8 @@ def test_json_is_that_of_other_copies(amst: Shell) -> None:
     assert (first["ok"], first["bytes"], first["files"], first["encrypted"]) == (True, 5, 1, False)
     again = result_of(amst("cp", "--json", "a", "b"))
     assert again["resumed_bytes"] == 5, "it is compared, and does not travel again"
+    unverified = result_of(amst("cp", "--json", "--verify", "none", "a", "c"))
+    assert (first["verified"], unverified["verified"]) == (True, False)
 
 
 @pytest.mark.parametrize(

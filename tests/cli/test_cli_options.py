@@ -51,6 +51,7 @@ def test_values_of_options():
     assert (parsed.streams, parsed.set) == (512, [("limits.memory", "2GiB"), ("a.b", "c=d")])
     assert (parsed.config, parsed.verbose, parsed.quiet, parsed.plaintext) == (["x"], 2, True, False)
     assert options.parse(["cp", "--streams", "auto"]).streams is None
+    assert [options.parse(["cp", *argv]).verify for argv in ([], ["--verify", "none"])] == ["crc", "none"]
     assert options.parse(["bench", "--size", "4GiB"]).size == 4 << 30
     assert options.parse(["bench", "--time", "500ms"]).time == 0.5
 
@@ -62,6 +63,7 @@ def test_values_of_options():
         ["cp", "--nope", "a", "b"], ["cp", "--js", "a", "b"], ["cp", "--json=1", "a", "b"], ["cp", "--bwlimit", "1M"],
         ["cp", "--streams", "0"], ["cp", "--streams", "513"], ["cp", "--streams", "-1"], ["cp", "--streams", "1.5"],
         ["cp", "--streams", "\u0661"], ["cp", "--streams"], ["cp", "--set", "x"], ["cp", "--set", "=x"],
+        ["cp", "--verify"], ["cp", "--verify", "md5"],
         ["bench", "--size", "0"], ["bench", "--size", "x"], ["bench", "--time", "0"], ["bench", "--time", "25h"],
         ["bench", "--size", "1", "--time", "1"], ["serve", "--json"], ["serve", "--streams", "2"],
         ["plugins", "--nope"], ["config", "--check"],
@@ -112,7 +114,7 @@ def test_json_has_every_key_also_when_nothing_was_begun(capsys):
     ("command", "flags"),
     [
         ("serve", ("--listen", "--root", "--config", "--set", "-q", "-v")),
-        ("cp", ("-r", "--streams", "--transport", "--require", "--plaintext", "--token-file", "--json")),
+        ("cp", ("-r", "--streams", "--transport", "--require", "--plaintext", "--verify", "--token-file", "--json")),
         ("ls", ("-l", "-R", "--json", "--token-file")),
         ("bench", ("--size", "--time", "--reverse", "--streams", "--json", "--plaintext")),
         ("plugins", ("--check", "--json")),

@@ -87,6 +87,7 @@ FIRST: dict[str, tuple[Script, str]] = {
     "transports is a number": (one("transports", 0, i64(1)), "protocol"),
     "plaintext is a number": (one("plaintext", 0, i64(1)), "protocol"),
     "plaintext is text": (one("plaintext", 1, text(b"yes")), "protocol"),
+    "verify is a number": (one("verify", 0, i64(0)), "protocol"),
     "software is a number": (one("software", 0, i64(1)), "protocol"),
     "an attribute twice": (hello(b"\0\x02" + 2 * attribute("streams", 0, i64(1))), "protocol"),
     "65535 attributes": (hello(b"\xff\xff"), "protocol"),

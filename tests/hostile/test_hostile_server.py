@@ -16,6 +16,7 @@ from waiting import wait_until
 import amst_core
 from amst_core.engine import Verdict
 from amst_core.errors import AmstError, AuthError, ConnectError, IntegrityError, ProtocolError, RefusedError
+from amst_core.security.seal import Protection
 from amst_core.wire.frames import FrameKind, encode_ack
 from amst_core.wire.messages import (
     FILE,
@@ -50,12 +51,16 @@ NOTABLE = 16 << 20
 Script = Callable[[RawServer], object]
 
 
-def connect(server: RawServer, *, streams: int = 1, **overrides: object) -> Any:
+def connect(
+    server: RawServer, *, streams: int = 1, plaintext: bool = False, verify: bool = True, **overrides: object
+) -> Any:
     return amst_core.connect(
         server.address,
         settings=settings_with({"transport.amst.connect_timeout": "3s", "limits.memory": "32MiB", **overrides}),
         token=server.token,
         streams=streams,
+        plaintext=plaintext,
+        verify=verify,
     )
 
 
@@ -127,6 +132,12 @@ LIARS: dict[str, tuple[Script, type[AmstError]]] = {
         for session in (b"", bytes(15), bytes(17), "x" * 16, 1)
     },
     "no session": (lies(TO_PARAMS, "params", attributes={}), ConnectError),
+    **{
+        f"verify {verify!r}": (
+            lies(TO_PARAMS, "params", attributes={"session": bytes(16), "verify": verify}), ConnectError
+        )
+        for verify in (False, 0, "none")
+    },
     "no transport": (lies(TO_PARAMS, "params", transports=()), AmstError),
     "another transport": (lies(TO_PARAMS, "params", transports=(("carrier-pigeon", 1, ""),)), AmstError),
     **{
@@ -146,6 +157,17 @@ def test_a_server_that_lies_in_the_handshake(
     hung_up(raw_server.control)
     assert isinstance(connecting.error(), error), repr(connecting.error())
     assert resident() - before < NOTABLE
+
+
+def test_a_server_that_knows_nothing_of_verification_is_checked(raw_server: RawServer, spawn: Any) -> None:
+    connecting = spawn(connect, raw_server, plaintext=True, verify=False)
+    raw_server.agree()
+    session = connecting.outcome()
+    with session:
+        assert raw_server.client_hello.attributes["verify"] is False
+        assert session.report.verified
+        assert {worker.protection for worker in session.core.lanes.values()} == {Protection.CRC}
+        session.abort()
 
 
 def test_a_server_without_the_token_gets_nothing_of_the_session(raw_server: RawServer, spawn: Any) -> None:

@@ -180,7 +180,7 @@ def test_aead_seals_and_opens_from_one_buffer_to_another() -> None:
     assert bytes(sealed_in) == before
 
 
-@pytest.mark.parametrize("protection", [Protection.CRC, Protection.TRANSPORT])
+@pytest.mark.parametrize("protection", [Protection.CRC, Protection.TRANSPORT, Protection.NONE])
 def test_the_others_neither_copy_nor_change_the_payload(protection: Protection) -> None:
     payload = memoryview(b"read-only, untouched")
     raw, wire = make_sealer(protection, KEY).seal(

@@ -75,6 +75,7 @@ class Net:
         streams: int | None = 2,
         token: bytes | None = None,
         plaintext: bool | None = None,
+        verify: bool = True,
         root: Path | None = None,
         wait: bool = True,
         plugins: Plugins | None = None,
@@ -88,6 +89,7 @@ class Net:
             token=server.token if token is None else token,
             streams=streams,
             plaintext=plaintext,
+            verify=verify,
             root=root,
             plugins=plugins,
             transport=transport,
@@ -102,6 +104,7 @@ class Net:
         *,
         streams: int = 2,
         plaintext: bool | None = None,
+        verify: bool = True,
         root: Path | None = None,
         client_root: Path | None = None,
         server: dict[str, Any] | None = None,
@@ -109,7 +112,9 @@ class Net:
     ) -> Pair:
         """A server and one session with it, all streams up on both sides."""
         listening = self.server(root=root, **(server or {}))
-        near = self.connect(listening, streams=streams, plaintext=plaintext, root=client_root, **(client or {}))
+        near = self.connect(
+            listening, streams=streams, plaintext=plaintext, verify=verify, root=client_root, **(client or {})
+        )
         far = listening.accept(DEADLINE_S)
         self.wait_until(lambda: len(far.core.lanes) == streams, f"{streams} streams at the server")
         return Pair(listening, near, far)

@@ -30,10 +30,12 @@ from amst_core.errors import (
     UnavailableError,
     UsageError,
 )
-from amst_core.interfaces import PREAMBLE, PREAMBLE_MAGIC
+from amst_core.interfaces import HEADER_SIZE, PREAMBLE, PREAMBLE_MAGIC
 from amst_core.security import keys
 from amst_core.security.identity import ServerIdentity
+from amst_core.security.seal import Protection
 from amst_core.security.tls import TlsStream, client_context, server_context
+from amst_core.testing import FaultyLane, Flip
 from amst_core.wire.frames import FrameHeader, FrameKind
 from amst_core.wire.messages import PROTOCOL_VERSION, Close, Hello, LaneGrant, Message, Open, Proof
 
@@ -368,6 +370,31 @@ def test_plaintext_from_loopback(net: Any) -> None:
     pair = net.pair(plaintext=True)
     assert not pair.near.report.encrypted
     alive(pair)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_both_sides_know_whether_plaintext_is_verified(net: Any, verify: bool) -> None:
+    pair = net.pair(plaintext=True, verify=verify)
+    assert [end.report.verified for end in pair.ends] == [verify] * 2
+    alive(pair)
+    expected = Protection.CRC if verify else Protection.NONE
+    assert {worker.protection for end in pair.ends for worker in end.core.lanes.values()} == {expected}
+
+
+def test_what_is_encrypted_cannot_go_unverified(net: Any) -> None:
+    server = net.server()
+    with pytest.raises(UsageError, match="always verified"):
+        net.connect(server, verify=False)
+    assert net.connect(server).report.verified
+
+
+def test_what_nobody_verifies_arrives_as_the_network_leaves_it(net: Any, wrap_lanes: Any) -> None:
+    flip = Flip(into=HEADER_SIZE + 5, matching=lambda header: header[1] == FrameKind.DATA)
+    wrap_lanes(near=lambda lane: FaultyLane(lane, [flip]))
+    pair = net.pair(streams=1, plaintext=True, verify=False)
+    pair.near.send(bytes(1000)).wait(20)
+    assert bytes(pair.far.recv(timeout=20)) == bytes(5) + b"\x01" + bytes(994)
+    assert flip.struck.is_set() and len(pair.far.core.lanes) == 1
 
 
 # ---- strangers -------------------------------------------------------------------------------------

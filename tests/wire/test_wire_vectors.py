@@ -162,7 +162,7 @@ def seal(frame: dict[str, Any]) -> tuple[bytes, bytes]:
     bare = {**frame, "check": 0, "length": len(payload), "wire_length": len(payload)}
     if frame["protection"] == "crc":
         return header({**bare, "check": slow_crc32c(header(bare) + payload)}), payload
-    if frame["protection"] == "transport":
+    if frame["protection"] in ("transport", "none"):
         return header(bare), payload
     sealed_header = header({**bare, "wire_length": len(payload) + 16})
     nonce = bytes(4) + struct.pack(">Q", frame["count"])
@@ -359,7 +359,9 @@ def subclasses(cls: type) -> list[Any]:
 def test_the_document_names_every_operation_and_attribute():
     operations = (requests.STAT, requests.LOOK, requests.LIST, requests.PACE, requests.FETCH, requests.MEASURE)
     assert [cells[0] for cells in table("operation | attributes | REPLY")] == [f"`{name}`" for name in operations]
-    wishes = (handshake.SOFTWARE, handshake.STREAMS, handshake.TRANSPORTS, handshake.PLAINTEXT)
+    wishes = (
+        handshake.SOFTWARE, handshake.STREAMS, handshake.TRANSPORTS, handshake.PLAINTEXT, handshake.VERIFY,
+    )  # fmt: skip
     resuming = f"`{handshake.SESSION}`, `{handshake.EPOCH}`"
     assert [cells[0] for cells in table("key | type | meaning")] == [*(f"`{key}`" for key in wishes), resuming]
     answers = (requests.SIZE, requests.PRESENT, requests.RATE, requests.TOTAL_BYTES, requests.TOTAL_FILES)
