@@ -34,7 +34,7 @@ from .entries import (
 from .journal import Fsync, SourceMark
 from .partial import PART, PartialPolicy, Partials, has_partial, sync_directory, temporary_name
 from .sink import FileSink, set_times, target_error
-from .source import Descriptor, FileSource, source_changed
+from .source import MIN_HOLE, Descriptor, FileSource, source_changed
 
 _PASS: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 """To go through a directory: asks for search permission only."""
@@ -283,7 +283,9 @@ class Root:
                 os.close(fd)
 
     def read_file(self, path: bytes, view: memoryview, *, parents: Parents) -> os.stat_result | None:
-        """Read all of the regular file ``path`` to the beginning of ``view``; None when that has no room for it.
+        """Read all of the regular file ``path`` to the beginning of ``view``.
+
+        None when that has no room for it, or the file has holes worth telling of.
 
         Returns what the file was, which counts rather than what its name was a moment ago.
 
@@ -299,7 +301,7 @@ class Root:
                 if not stat.S_ISREG(status.st_mode):
                     _require_file(status.st_mode, shown=display_path(path))
                 size = status.st_size
-                if size > view.nbytes:
+                if size > view.nbytes or (size >= MIN_HOLE and status.st_blocks * 512 < size):
                     return None
                 done = 0
                 while done < size and (step := os.readv(fd, [view[done:size]])):

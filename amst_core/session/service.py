@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from types import TracebackType
 from typing import Final
 
 from ..errors import (
@@ -261,7 +261,7 @@ class TreeSender:
         self._completed: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._under_way: dict[Ticket, Sequence[Entry]] = {}
         self._pack: Pack | None = None
-        self._spare: deque[memoryview] = deque()
+        self._blocks = _Blocks(core)
         self._packs_under_way = 0
         self._target = b""
         self._failures: list[tuple[bytes, AmstError]] = []
@@ -276,6 +276,14 @@ class TreeSender:
             AmstError: the session ended.
         """
         self._target = target
+        with self._blocks:
+            try:
+                return self._send_all()
+            finally:
+                if self._pack is not None:
+                    self._blocks.give_back(self._pack.memory)
+
+    def _send_all(self) -> list[tuple[bytes, AmstError]]:
         directories: list[Entry] = []
         with Parents(self._root) as parents:
             for found in self._root.walk(self._path):
@@ -326,11 +334,14 @@ class TreeSender:
                 return
             for _ in range(2):
                 if self._pack is None:
-                    self._pack = Pack(self._root, self._path, self._target, memory=self._memory(), parents=parents)
+                    memory = self._memory()
+                    if memory is None:
+                        break
+                    self._pack = Pack(self._root, self._path, self._target, memory=memory, parents=parents)
                 if self._pack.add(entry):
                     return
                 self._flush()
-            self._open(entry)  # it grew, or chunks are shorter than it
+            self._open(entry)  # it grew, or has holes, or chunks are shorter than it, or there is no memory
         except _ENTRY_ERRORS as err:
             self._failed(entry.path, err)
 
@@ -339,27 +350,31 @@ class TreeSender:
         if self._request:
             self._report(path, error)
 
-    def _memory(self) -> memoryview:
-        """Room for a pack that fits a chunk; what has been used is warm."""
-        try:
-            memory = self._spare.pop()
-        except IndexError:
-            memory = memoryview(bytearray(PACK_BYTES))
-        return memory[: self._core.engine.chunk_size]
+    def _memory(self) -> memoryview | None:
+        """Room for a pack that fits a chunk, waiting for that of one under way; None when there is none to be had."""
+        while (block := self._blocks.take()) is None:
+            if not self._packs_under_way:
+                return None
+            self._reap(wait=False, packs=self._packs_under_way - 1)
+        return block[: self._core.engine.chunk_size]
 
     def _flush(self) -> None:
         """Send the pack that was being filled."""
         pack, self._pack = self._pack, None
-        if pack is None or not pack.entries:
+        if pack is None:
+            return
+        if not pack.entries:
+            self._blocks.give_back(pack.memory)
             return
         self._reap(wait=False, packs=PACKS_AT_ONCE - 1)
-        if len(pack.entries) == 1 or not self._core.reserve_copy(pack.size):
+        if len(pack.entries) == 1:
+            self._blocks.give_back(pack.memory)
             self._send_each(pack.entries)
             return
         try:
             ticket = self._core.open(
                 PACK,
-                pack.source(partial(self._packed, pack)),
+                pack.source(partial(self._blocks.give_back, pack.memory)),
                 size=pack.size,
                 flow=("files", self._request),
                 request=self._request,
@@ -372,11 +387,6 @@ class TreeSender:
                 self._failed(entry.path, err)
             return
         self._track(pack.entries, ticket)
-
-    def _packed(self, pack: Pack) -> None:
-        """Nobody reads the pack any more (any thread)."""
-        self._spare.append(memoryview(pack.memory.obj))
-        self._core.release_copy(pack.size)
 
     def _send_each(self, entries: Sequence[Entry]) -> None:
         """The peer could not keep them as a pack: have each arrive, or tell why not."""
@@ -462,6 +472,45 @@ class TreeSender:
                     self._failures.append((entry.path, ticket.error))
                 if self.on_done is not None:
                     self.on_done(entry, ticket.error)
+
+
+class _Blocks:
+    """Memory for the packs of one `TreeSender`, counted as copies until it ends. Any thread."""
+
+    def __init__(self, core: SessionCore) -> None:
+        self._core = core
+        self._spare: list[memoryview] = []
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def take(self) -> memoryview | None:
+        """One that was used before, and is warm, or a fresh one if it may be had now."""
+        with self._lock:
+            if self._spare:
+                return self._spare.pop()
+        if not self._core.memory.reserve_copy(PACK_BYTES):
+            return None
+        return memoryview(bytearray(PACK_BYTES))
+
+    def give_back(self, part: memoryview) -> None:
+        """The block whose beginning ``part`` is may be used again."""
+        with self._lock:
+            if not self._ended:
+                self._spare.append(memoryview(part.obj))
+                return
+        self._core.release_copy(PACK_BYTES)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._ended = True
+            spare, self._spare = self._spare, []
+        for _ in spare:
+            self._core.release_copy(PACK_BYTES)
 
 
 class _Unreadable(Source):

@@ -14,7 +14,7 @@ from amst_core.files import root as files_root
 from amst_core.files.entries import Entry, EntryType, encode_row
 from amst_core.files.journal import Fsync
 from amst_core.files.root import Root
-from amst_core.session import packs
+from amst_core.session import packs, service
 from amst_core.session.copying import CopyFailure, CopyResult, download, upload
 from amst_core.session.core import SessionCore
 from amst_core.session.endpoints import MemorySource
@@ -155,6 +155,47 @@ def test_a_file_that_changes_while_it_is_read_fails_alone(
     assert (failure.kind, failure.path[-4:]) == ("source_changed", "3/10")
     assert result.files == 19
     assert not (target / "copy" / "3" / "10").exists()
+
+
+def test_the_memory_of_packs_is_counted_and_comes_back(net: Any, here: Path, there: Path) -> None:
+    make_many(here / "tree", count=3000)
+    pair = net.pair(root=there)
+    memory = pair.near.core.memory
+    most = 0
+
+    def look(core: Any, *args: Any) -> None:
+        nonlocal most
+        most = max(most, memory.copied)
+
+    with Root(here) as root:
+        sender = service.TreeSender(pair.near.core, root, b"tree")
+        sender.on_done = look
+        assert sender.send(b"copy") == []
+    assert packs.PACK_BYTES <= most <= packs.PACKS_AT_ONCE * packs.PACK_BYTES + packs.PACK_BYTES
+    net.wait_until(lambda: not memory.copied, "the memory to come back")
+
+
+def test_without_memory_for_packs_files_go_one_by_one(
+    net: Any, here: Path, there: Path, opened: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_many(here / "tree", count=50)
+    pair = net.pair(root=there)
+    monkeypatch.setattr(pair.near.core.memory, "reserve_copy", lambda size: False)
+    assert copy(pair, "up", here, there).failed == ()
+    assert described(there / "copy") == described(here / "tree")
+    assert PACK not in opened
+
+
+def test_a_small_file_with_holes_keeps_them(net: Any, here: Path, there: Path) -> None:
+    (here / "tree").mkdir()
+    for name in ("a", "b"):
+        with open(here / "tree" / name, "wb") as file:
+            file.seek(200 << 10)
+            file.write(b"end")
+    assert copy(net.pair(root=there), "up", here, there).failed == ()
+    for name in ("a", "b"):
+        source, target = ((top / name).stat() for top in (here / "tree", there / "copy"))
+        assert target.st_blocks <= source.st_blocks < 200 * 2
 
 
 def test_fsync_holds_for_packs(net: Any, here: Path, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
