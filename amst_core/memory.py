@@ -50,7 +50,8 @@ LEAST_OPEN: Final = 8
 """A session that could not have so many transfers open is not admitted, unless the settings allow no more."""
 
 CHUNKS: Final = (4 << 20, 1 << 20, 256 << 10, 64 << 10)
-"""Longest chunks that a session may be admitted with."""
+"""Longest chunks that a session may be admitted with; the longest only while a quarter of the scratch memory has room
+for one of each session that has them, for what is guaranteed to a session is taken from all others."""
 
 TAG: Final = 16
 """What sealing adds to a chunk."""
@@ -72,6 +73,9 @@ class MemoryBudget:
         self._send_pool = BufferPool(scratch, borrowers=sessions, least=CHUNKS[-1] + TAG)
         self._receive_pool = BufferPool(scratch, borrowers=sessions, least=CHUNKS[-1] + TAG)
         self._chunks = sorted({max(chunk_size, CHUNKS[0]), *CHUNKS}, reverse=True)
+        self._long = max(chunk_size, CHUNKS[1])  # chunks beyond it are for few sessions
+        self._most_long = scratch // 4
+        self._promised_long = 0  # of each session that has them, one
         self._max_open = max_open
         self._sole = sessions == 1
         self._sessions = sessions
@@ -109,6 +113,9 @@ class MemoryBudget:
             if self._shares >= self._sessions or credit < LEAST_CREDIT * min(self._max_open, LEAST_OPEN):
                 raise BusyError(NO_ROOM)
             for max_chunk in self._chunks:
+                long = max_chunk if max_chunk > self._long else 0
+                if long and not self._sole and self._promised_long + long > self._most_long:
+                    continue
                 send_pool = self._send_pool.admit(max_chunk + TAG)
                 if send_pool is None:
                     continue
@@ -122,10 +129,17 @@ class MemoryBudget:
             initial_credit = min(CREDIT, credit // max_open // LEAST_CREDIT * LEAST_CREDIT)
             self._shares += 1
             self._promised += max_open * initial_credit
+            self._promised_long += long
             gone = self._memory.shed(self._room())
         del gone  # without the lock
         return MemoryShare(
-            self, send_pool, receive_pool, max_chunk=max_chunk, max_open=max_open, initial_credit=initial_credit
+            self,
+            send_pool,
+            receive_pool,
+            max_chunk=max_chunk,
+            max_open=max_open,
+            initial_credit=initial_credit,
+            promised_long=long,
         )
 
     # ---- with the lock held ------------------------------------------------------------------------
@@ -197,8 +211,10 @@ class MemoryShare:
         max_chunk: int,
         max_open: int,
         initial_credit: int,
+        promised_long: int,
     ) -> None:
         self._budget = budget
+        self._promised_long = promised_long
         self.send_pool = send_pool
         self.receive_pool = receive_pool
         self.max_chunk = max_chunk
@@ -376,6 +392,7 @@ class MemoryShare:
             self._closed = True
             budget._shares -= 1
             budget._promised -= self.max_open * self.initial_credit
+            budget._promised_long -= self._promised_long
             budget._copied -= self.copied - self.piped
             unlent = self.granted - sum(self._blocks.values())
             budget._granted -= unlent

@@ -22,7 +22,8 @@ MOST = 5
 def main() -> int:
     """The exit code of pytest."""
     command = [sys.executable, "-m", "pytest", *sys.argv[1:]]
-    if os.environ.get("AMST_RERUN") != "1":
+    stops_early = any(arg in ("-x", "--exitfirst") or arg.startswith("--maxfail") for arg in sys.argv[1:])
+    if os.environ.get("AMST_RERUN") != "1" or stops_early:
         os.execv(command[0], command)
     with tempfile.TemporaryDirectory(prefix="amst-tests-") as cache:
         command += ["-o", f"cache_dir={cache}"]
@@ -34,6 +35,8 @@ def main() -> int:
         code = subprocess.run(
             [*command, "-n", "0", "--last-failed", "--last-failed-no-failures", "none", "-vv"], check=False
         ).returncode
+        if code == 0 and last_failed(Path(cache)):
+            code = FAILED  # something that failed was not found again
     if code == 0:
         print("\n".join(f"UNSTEADY {name}: failed, and passed by itself" for name in failed), flush=True)
     return code

@@ -26,6 +26,9 @@ MAX_DEPTH: Final = 256
 MAX_IDENTITY: Final = 64
 """Bytes that may name a file being sent."""
 
+MAX_ROWS: Final = 1024
+"""Entries in a table."""
+
 _MODE_MAX: Final = 0o7777
 _PERMISSIONS: Final = 0o777
 _MTIME_MIN: Final = -(1 << 63)
@@ -232,9 +235,11 @@ def decode_table(table: bytes) -> list[Entry]:
         ProtocolError: these are no rows, or something in one is out of range.
         RefusedError, StorageError: a path is one that `split_path` does not take.
     """
-    entries = []
+    entries: list[Entry] = []
     at = 0
     while at < len(table):
+        if len(entries) >= MAX_ROWS:
+            raise ProtocolError(f"a table of more than {MAX_ROWS} entries")
         try:
             number, mode, mtime_ns, size, path_size, target_size = _ROW.unpack_from(table, at)
             kind = _TYPES[number]

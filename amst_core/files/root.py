@@ -32,7 +32,7 @@ from .entries import (
     split_path,
 )
 from .journal import Fsync, SourceMark
-from .partial import PART, PartialPolicy, Partials, has_partial, sync_directory, temporary_name
+from .partial import PART, PartialPolicy, Partials, has_partial, temporary_name
 from .sink import FileSink, set_times, target_error
 from .source import MIN_HOLE, Descriptor, FileSource, source_changed
 
@@ -45,6 +45,10 @@ _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK, because a FIFO put in the file's place must not hang the opener."""
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_UNNAMED: Final = os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC
+
+_NO_UNNAMED: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
+"""What a file system, or a kernel, without unnamed files answers."""
 
 
 @dataclass(slots=True)
@@ -242,45 +246,40 @@ class Root:
         except OSError as err:
             raise error_from_os(err, "cannot look at", path=display_path(path)) from err
 
-    def put_file(
-        self, path: bytes, entry: Entry, content: memoryview, *, parents: Parents, fsync: Fsync = Fsync.NEVER
-    ) -> None:
+    def put_file(self, path: bytes, entry: Entry, content: memoryview, *, parents: Parents) -> None:
         """Make the file ``path`` of what is all there already, in place of any file or link there.
 
         For small ones, by what costs least: nothing is left for a later try, and another that writes the same file
-        at the same time is not asked; the last to finish has the name. As with `FileSink`, nobody sees it in part.
+        at the same time is not asked; the last to finish has the name. It is never synced. As with `FileSink`, nobody
+        sees it in part.
 
         Raises:
             RefusedError: as `parent`; or a directory has that name.
             StorageError: the file system failed.
         """
-        fd = -1
         try:
             parent_fd, leaf = parents.of(path)
-            temporary = parents.temporary_name()
-            fd = os.open(temporary, _CREATE, 0o600, dir_fd=parent_fd)
+            fd, temporary = parents.create()
             try:
                 done = 0
                 while done < content.nbytes:
                     done += os.write(fd, content[done:])
                 os.fchmod(fd, entry.mode & 0o777)
                 set_times(fd, mtime_ns=entry.mtime_ns)
-                if fsync is not Fsync.NEVER:
-                    os.fsync(fd)
-                fd, closing = -1, fd
-                os.close(closing)  # some file systems report a failed write only here
-                os.rename(temporary, leaf, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
+                os.close(os.dup(fd))  # some file systems report a failed write only here
+                if not temporary:
+                    temporary = parents.give_name(fd, leaf)
+                if temporary:
+                    os.rename(temporary, leaf, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
             except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=parent_fd)
+                if temporary:
+                    with contextlib.suppress(OSError):
+                        os.unlink(temporary, dir_fd=parent_fd)
                 raise
-            if fsync is not Fsync.NEVER:
-                sync_directory(parent_fd)
+            finally:
+                os.close(fd)
         except OSError as err:
             raise target_error(err, "cannot write", path=display_path(path)) from err
-        finally:
-            if fd >= 0:
-                os.close(fd)
 
     def read_file(self, path: bytes, view: memoryview, *, parents: Parents) -> os.stat_result | None:
         """Read all of the regular file ``path`` to the beginning of ``view``.
@@ -522,6 +521,7 @@ class Parents:
         self._create = create
         self._directory = b""
         self._fd = -1
+        self._can_be_unnamed = os.path.isdir("/proc/self/fd")
         self._stem = HIDDEN_PREFIX + secrets.token_hex(8).encode()
         self._count = 0
 
@@ -542,8 +542,33 @@ class Parents:
             self._root._partials.sweep(self._fd, (status.st_dev, status.st_ino))
         return self._fd, leaf
 
-    def temporary_name(self) -> bytes:
-        """As `partial.temporary_name`, for less: a fresh name each time."""
+    def create(self) -> tuple[int, bytes]:
+        """An empty file in the last directory, open for writing, and its temporary name.
+
+        It has no name (empty) where the file system can do that: nothing is left of it if the process is killed.
+        """
+        if self._can_be_unnamed:
+            try:
+                return os.open(b".", _UNNAMED, 0o600, dir_fd=self._fd), b""
+            except OSError as err:
+                if err.errno not in _NO_UNNAMED:
+                    raise
+                self._can_be_unnamed = False
+        name = self._temporary_name()
+        return os.open(name, _CREATE, 0o600, dir_fd=self._fd), name
+
+    def give_name(self, fd: int, leaf: bytes) -> bytes:
+        """Name an unnamed file ``leaf``, if nothing has that name; else it gets the temporary one that is returned."""
+        source = b"/proc/self/fd/%d" % fd
+        with contextlib.suppress(FileExistsError):
+            os.link(source, leaf, dst_dir_fd=self._fd)
+            return b""
+        name = self._temporary_name()
+        os.link(source, name, dst_dir_fd=self._fd)
+        return name
+
+    def _temporary_name(self) -> bytes:
+        """As `partial.temporary_name`, for less: a fresh one each time."""
         self._count += 1
         return b"%s%x%s" % (self._stem, self._count, PART)
 

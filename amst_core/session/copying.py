@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from ..errors import (
     AmstError,
     BrokenError,
-    BusyError,
     CancelledError,
     NotFoundError,
     ProtocolError,
@@ -29,7 +28,7 @@ from ..wire.fields import AttributeValue
 from ..wire.messages import HOLD, HOLES, PACK, Open, holes_of
 from .core import SessionCore
 from .endpoints import Sink, TreeEntrySink
-from .packs import MAX_PACKS, PackSink
+from .packs import PackRoom, PackSink
 from .requests import PendingRequest
 from .service import TreeSender, is_present, measure
 
@@ -344,7 +343,7 @@ class _Receiver:
         self._remote = remote
         self._account = account
         self._open: set[int] = set()  # transfers under way
-        self._packs: set[int] = set()  # of them, packs
+        self._packs = PackRoom()
         self.answered = False  # something was offered
         self._changed = threading.Condition()
 
@@ -378,13 +377,12 @@ class _Receiver:
         """What goes wrong with a pack, the entries tell one by one, for then they come so."""
         if self._stop.asked:
             raise _stopping()
-        if len(self._packs) >= MAX_PACKS:
-            raise BusyError(f"more than {MAX_PACKS} packs of one request at once")
         self._account.begin()
         sink = PackSink(
             self._core,
             self._root,
             opened,
+            room=self._packs,
             base=self._name,
             on_stored=self._account.moved,
             on_kept=self._kept,
@@ -392,7 +390,6 @@ class _Receiver:
         )
         with self._changed:
             self._open.add(opened.transfer)
-            self._packs.add(opened.transfer)
         return sink
 
     def _kept(self, entries: Sequence[Entry]) -> None:
@@ -426,7 +423,6 @@ class _Receiver:
     def _let_go(self, transfer: int) -> None:
         with self._changed:
             self._open.discard(transfer)
-            self._packs.discard(transfer)
             self._changed.notify_all()
 
 

@@ -540,6 +540,8 @@ class SessionCore:
                     self.kick_locked()  # a wake-up meant for any lane must not end here
                     return None
                 if worker.frames:
+                    if worker.leaving:
+                        self.kick_locked()  # it takes no more chunks
                     return worker.frames.popleft()
                 if worker.leaving:
                     self.kick_locked()
@@ -560,6 +562,8 @@ class SessionCore:
                     worker.ready.wait(paced_until - now)
                     self._paced = None
                     continue
+                if not self.engine.may_send(worker.id):
+                    self.kick_locked()  # it has left its place to another
                 self._idle.append(worker)
                 worker.ready.wait()
 
@@ -771,10 +775,11 @@ class SessionCore:
 
     def _fit_chunks_locked(self) -> None:
         """Keep chunk size × lanes inside the scratch memory that sealing, and files, need."""
-        size = self._chunks.size
-        if size > self._chunks.configured or any(worker.needs_scratch for worker in self.lanes.values()):
-            share = self.send_pool.limit // max(1, len(self.lanes)) - 8192
-            size = min(size, max(64 << 10, share & ~0xFFFF))
+        share = self.send_pool.limit // max(1, len(self.lanes)) - 8192
+        most = max(64 << 10, share & ~0xFFFF)
+        if not any(worker.needs_scratch for worker in self.lanes.values()):
+            most = max(most, self._chunks.configured)  # only files do, and can wait for each other
+        size = min(self._chunks.size, most)
         if size == self.engine.chunk_size:
             return
         if size < self._chunks.configured:

@@ -16,8 +16,9 @@ from itertools import accumulate
 from stat import S_IMODE
 from typing import Final
 
-from ..errors import AmstError, ProtocolError
-from ..files.entries import Entry, EntryType, decode_table, encode_row, join_path
+from ..errors import AmstError, BusyError, ProtocolError, UnavailableError
+from ..files.entries import MAX_ROWS, Entry, EntryType, decode_table, encode_row, join_path
+from ..files.journal import Fsync
 from ..files.root import Parents, Root
 from ..wire import requests as ops
 from ..wire.messages import Open
@@ -35,8 +36,11 @@ MAX_TABLE: Final = 64 << 10
 PACKS_AT_ONCE: Final = 16
 """Packs that a sender has under way at once at most."""
 
-MAX_PACKS: Final = 64
+MAX_PACKS: Final = 32
 """Packs that one session may have under way: more are refused, and so come as single entries."""
+
+MAX_PARTS: Final = 256
+"""Files of them that came in part, and are open: a pack that would have more is refused."""
 
 _EMPTY: Final = memoryview(b"")
 
@@ -58,8 +62,8 @@ class Pack:
         self.size = 0
         self.entries: list[Entry] = []
 
-    def add(self, entry: Entry) -> bool:
-        """Put ``entry`` in, a file with its bytes; false when it has no room, or is too large for any pack.
+    def add(self, entry: Entry) -> bool | None:
+        """Put ``entry`` in, a file with its bytes; False when there is no room, None when it is for no pack at all.
 
         Raises:
             NotFoundError, RefusedError, StorageError: it cannot be read.
@@ -68,14 +72,14 @@ class Pack:
         if entry.type is EntryType.FILE:
             room = self.memory[self.size : self.size + PACKED_UP_TO]
             if entry.size > room.nbytes:
-                return False
+                return False if self.entries else None
             read = self._root.read_file(join_path(self._base, entry.path), room, parents=self._parents)
             if read is None:
-                return False
+                return None
             if (read.st_mtime_ns, read.st_size, S_IMODE(read.st_mode)) != (entry.mtime_ns, entry.size, entry.mode):
                 entry = Entry(entry.path, entry.type, S_IMODE(read.st_mode), read.st_mtime_ns, read.st_size)
         named = encode_row(entry, join_path(self._target, entry.path))
-        if self._table_bytes + len(named) > MAX_TABLE:
+        if self._table_bytes + len(named) > MAX_TABLE or len(self.entries) >= MAX_ROWS:
             return False
         self._table.append(named)
         self._table_bytes += len(named)
@@ -109,6 +113,39 @@ class PackSource(MemorySource):
 # ---- receiving ----------------------------------------------------------------------------
 
 
+class PackRoom:
+    """How much one session may have under way of packs that it receives. Any thread.
+
+    Raises:
+        BusyError: (`begin`, `begin_part`) it would be too much.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._packs = 0
+        self._parts = 0
+
+    def begin(self) -> None:
+        """One pack more."""
+        with self._lock:
+            if self._packs >= MAX_PACKS:
+                raise BusyError(f"more than {MAX_PACKS} packs of one session at once")
+            self._packs += 1
+
+    def begin_part(self) -> None:
+        """One file more that came in part."""
+        with self._lock:
+            if self._parts >= MAX_PARTS:
+                raise BusyError(f"more than {MAX_PARTS} files in packs of one session that came in part")
+            self._parts += 1
+
+    def end(self, parts: int) -> None:
+        """A pack less, of which so many files had come in part."""
+        with self._lock:
+            self._packs -= 1
+            self._parts -= parts
+
+
 class PackSink(Sink):
     """Writes what a pack has below ``root``, at ``base``.
 
@@ -117,6 +154,8 @@ class PackSink(Sink):
 
     Raises:
         ProtocolError: it has no table of entries, or one that is too long.
+        BusyError: there is no ``room`` for it.
+        UnavailableError: each file is to be synced, which is too slow for a lane that has more to do.
     """
 
     def __init__(
@@ -125,15 +164,21 @@ class PackSink(Sink):
         root: Root,
         opened: Open,
         *,
+        room: PackRoom,
         base: bytes = b"",
         on_stored: Callable[[int], None] = lambda size: None,
         on_kept: Callable[[list[Entry]], None] = lambda entries: None,
-        on_end: Callable[[], None],
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         table = opened.attributes.get(ops.ENTRIES)
         if not isinstance(table, bytes) or not 1 <= len(table) <= MAX_TABLE:
             raise ProtocolError(f"pack {opened.transfer} does not name its entries in 1 to {MAX_TABLE} bytes")
+        if keeper.fsync is not Fsync.NEVER:
+            raise UnavailableError("this side takes no packs, for it syncs each file (files.fsync)")
+        room.begin()
         self.name = "small files"
+        self._room = room
+        self._parts = 0
         self._keeper = keeper
         self._root = root
         self._size = opened.size
@@ -190,7 +235,7 @@ class PackSink(Sink):
         path = join_path(self._base, entry.path)
         match entry.type:
             case EntryType.FILE:
-                self._root.put_file(path, entry, content, parents=parents, fsync=self._keeper.fsync)
+                self._root.put_file(path, entry, content, parents=parents)
                 self._written.add(index)
             case EntryType.DIRECTORY:
                 self._root.put_directory(path, entry)
@@ -201,6 +246,8 @@ class PackSink(Sink):
         with self._lock:
             part = self._in_parts.get(index)
             if part is None:
+                self._room.begin_part()
+                self._parts += 1
                 path = join_path(self._base, entry.path)
                 part = self._in_parts[index] = TreeEntrySink(self._keeper, self._root, path, entry)
             return part
@@ -219,6 +266,7 @@ class PackSink(Sink):
     def _ended(self) -> None:
         on_end, self._on_end = self._on_end, None
         if on_end is not None:
+            self._room.end(self._parts)
             on_end()
 
 

@@ -22,6 +22,7 @@ from ..errors import (
     RefusedError,
     SourceChangedError,
     StorageError,
+    UnavailableError,
 )
 from ..files.entries import MAX_PATH, Entry, EntryType, WalkError, from_attributes, join_path, split_path, to_attributes
 from ..files.listing import Listing
@@ -32,13 +33,16 @@ from ..wire.messages import FILE, HOLD, HOLES, PACK, SIZE_UNKNOWN, Open, Reply, 
 from .core import MIN_RATE, SessionCore
 from .endpoints import FileContent, MemorySource, Sink, Source, TreeEntrySink
 from .listing import describe
-from .packs import MAX_PACKS, PACK_BYTES, PACKED_UP_TO, PACKS_AT_ONCE, Pack, PackSink
+from .packs import PACK_BYTES, PACKED_UP_TO, PACKS_AT_ONCE, Pack, PackRoom, PackSink
 from .tickets import Ticket
 
 _NOTHING: Final = memoryview(b"")
 
 _ENTRY_ERRORS: Final = (NotFoundError, RefusedError, StorageError, SourceChangedError, CancelledError)
 """What concerns one entry of a tree; the others go on."""
+
+_SPARE_BLOCKS: Final = 2
+"""Blocks of a pack's size that are kept for the next one."""
 
 MAX_OPERATION: Final = 32
 """Of the name of an operation, so much is looked at."""
@@ -64,7 +68,7 @@ class FileService:
         self._listing = Listing(root) if root is not None else None
         self._lists = 0
         self._queued = 0  # counted up by the control loop and down by the worker: a bound, not to the last one
-        self._packs: set[int] = set()  # under way
+        self._packs = PackRoom()
         core.accept_kind(FILE, self._accept)
         core.accept_kind(PACK, self._accept_pack)
 
@@ -105,12 +109,7 @@ class FileService:
         return TreeEntrySink(self._core, self._required_root(), entry.path, entry, open_ended=open_ended)
 
     def _accept_pack(self, opened: Open) -> Sink:
-        root = self._required_root()
-        if len(self._packs) >= MAX_PACKS:
-            raise BusyError(f"more than {MAX_PACKS} packs of one session at once")
-        sink = PackSink(self._core, root, opened, on_end=lambda: self._packs.discard(opened.transfer))
-        self._packs.add(opened.transfer)
-        return sink
+        return PackSink(self._core, self._required_root(), opened, room=self._packs)
 
     def _required_root(self) -> Root:
         if self._root is None:
@@ -260,6 +259,8 @@ class TreeSender:
         self._request = request
         self._completed: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._under_way: dict[Ticket, Sequence[Entry]] = {}
+        self._may_pack = not on_hold
+        self._most_packs = PACKS_AT_ONCE
         self._pack: Pack | None = None
         self._blocks = _Blocks(core)
         self._packs_under_way = 0
@@ -298,6 +299,7 @@ class TreeSender:
                 self._reap(wait=False)
             self._flush()
             self._reap(wait=True)
+            self._most_packs = 1  # each before the one above it, also if it must go again
             for directory in directories if not self._stopping else ():
                 self._send(directory, parents)
                 self._reap(wait=False)
@@ -329,19 +331,16 @@ class TreeSender:
     def _send(self, entry: Entry, parents: Parents) -> None:
         """Have ``entry`` sent, in a pack if it is small."""
         try:
-            if self._on_hold or entry.size > PACKED_UP_TO:
-                self._open(entry)
-                return
-            for _ in range(2):
-                if self._pack is None:
-                    memory = self._memory()
-                    if memory is None:
-                        break
-                    self._pack = Pack(self._root, self._path, self._target, memory=memory, parents=parents)
-                if self._pack.add(entry):
+            added: bool | None = None
+            while self._may_pack and entry.size <= PACKED_UP_TO and (pack := self._begun(parents)) is not None:
+                added = pack.add(entry)
+                if added:
                     return
+                if added is None:
+                    break  # it grew, or has holes, or chunks are shorter than it
                 self._flush()
-            self._open(entry)  # it grew, or has holes, or chunks are shorter than it, or there is no memory
+            self._flush()  # in the order of the tree: what is small does not wait for what is large
+            self._open(entry)
         except _ENTRY_ERRORS as err:
             self._failed(entry.path, err)
 
@@ -350,23 +349,28 @@ class TreeSender:
         if self._request:
             self._report(path, error)
 
-    def _memory(self) -> memoryview | None:
-        """Room for a pack that fits a chunk, waiting for that of one under way; None when there is none to be had."""
-        while (block := self._blocks.take()) is None:
-            if not self._packs_under_way:
+    def _begun(self, parents: Parents) -> Pack | None:
+        """The pack that is being filled; it fits a chunk. None when there is no memory for one, nor will be soon."""
+        while self._pack is None:
+            block = self._blocks.take()
+            if block is not None:
+                memory = block[: self._core.engine.chunk_size]
+                self._pack = Pack(self._root, self._path, self._target, memory=memory, parents=parents)
+            elif not self._packs_under_way:
                 return None
-            self._reap(wait=False, packs=self._packs_under_way - 1)
-        return block[: self._core.engine.chunk_size]
+            else:
+                self._reap(wait=False, packs=self._packs_under_way - 1)
+        return self._pack
 
     def _flush(self) -> None:
         """Send the pack that was being filled."""
-        pack, self._pack = self._pack, None
-        if pack is None:
+        if self._pack is None:
             return
-        if not pack.entries:
+        self._reap(wait=False, packs=self._most_packs - 1)
+        pack, self._pack = self._pack, None
+        if not pack.entries or self._stopping:
             self._blocks.give_back(pack.memory)
             return
-        self._reap(wait=False, packs=PACKS_AT_ONCE - 1)
         if len(pack.entries) == 1:
             self._blocks.give_back(pack.memory)
             self._send_each(pack.entries)
@@ -388,13 +392,17 @@ class TreeSender:
             return
         self._track(pack.entries, ticket)
 
-    def _send_each(self, entries: Sequence[Entry]) -> None:
-        """The peer could not keep them as a pack: have each arrive, or tell why not."""
-        for entry in entries:
+    def _send_each(self, entries: Sequence[Entry], refused: Ticket | None = None) -> None:
+        """The peer could not keep them as a pack (``refused``): have each arrive, or tell why not."""
+        for at, entry in enumerate(entries):
             try:
                 self._open(entry)
             except _ENTRY_ERRORS as err:
                 self._failed(entry.path, err)
+            except AmstError:
+                if refused is not None:
+                    self._under_way[refused] = entries[at:]  # the session has ended: they are `unfinished`
+                raise
 
     def _open(self, entry: Entry) -> None:
         here = join_path(self._path, entry.path)
@@ -465,7 +473,9 @@ class TreeSender:
             entries = self._under_way.pop(ticket)
             self._packs_under_way -= len(entries) > 1
             if ticket.error is not None and len(entries) > 1 and not self._stopping:
-                self._send_each(entries)
+                if isinstance(ticket.error, UnavailableError):
+                    self._may_pack = False
+                self._send_each(entries, ticket)
                 continue
             for entry in entries:
                 if ticket.error is not None:
@@ -475,11 +485,12 @@ class TreeSender:
 
 
 class _Blocks:
-    """Memory for the packs of one `TreeSender`, counted as copies until it ends. Any thread."""
+    """Memory for the packs of one `TreeSender`. It counts as that of pipes does: nobody waits for it. Any thread."""
 
     def __init__(self, core: SessionCore) -> None:
         self._core = core
         self._spare: list[memoryview] = []
+        self._count = 0
         self._lock = threading.Lock()
         self._ended = False
 
@@ -488,17 +499,18 @@ class _Blocks:
         with self._lock:
             if self._spare:
                 return self._spare.pop()
-        if not self._core.memory.reserve_copy(PACK_BYTES):
-            return None
+            if not self._core.memory.reserve_pipe(PACK_BYTES, own=self._count * PACK_BYTES):
+                return None
+            self._count += 1
         return memoryview(bytearray(PACK_BYTES))
 
     def give_back(self, part: memoryview) -> None:
         """The block whose beginning ``part`` is may be used again."""
         with self._lock:
-            if not self._ended:
+            if not self._ended and len(self._spare) < _SPARE_BLOCKS:
                 self._spare.append(memoryview(part.obj))
                 return
-        self._core.release_copy(PACK_BYTES)
+        self._release(1)
 
     def __enter__(self) -> None:
         pass
@@ -509,8 +521,15 @@ class _Blocks:
         with self._lock:
             self._ended = True
             spare, self._spare = self._spare, []
-        for _ in spare:
-            self._core.release_copy(PACK_BYTES)
+        self._release(len(spare))
+
+    def _release(self, count: int) -> None:
+        with self._lock:
+            self._count -= count
+        for _ in range(count):
+            self._core.memory.release_pipe(PACK_BYTES)
+        with self._core.lock:
+            self._core.room.notify_all()
 
 
 class _Unreadable(Source):

@@ -38,8 +38,9 @@ def test_the_work_is_within_its_budget(load: Load) -> None:
 
 
 @counting
-def test_chunks_of_a_quarter_of_the_size_are_noticed() -> None:
-    counter = Counter(PLAINTEXT, flags=("--set", "transport.amst.chunk_size_kb=256"))
+def test_far_shorter_chunks_are_noticed() -> None:
+    """They may grow to four times what is set."""
+    counter = Counter(PLAINTEXT, flags=("--set", "transport.amst.chunk_size_kb=64"))
     assert any({"calls", "allocations"} <= names(counter, PLAINTEXT) for _ in range(TRIES))
 
 

@@ -11,7 +11,7 @@ import pytest
 from amst_core.engine.outgoing import Outgoing
 from amst_core.errors import AmstError, BusyError, ClosedError, ProtocolError, RefusedError, StorageError
 from amst_core.files import root as files_root
-from amst_core.files.entries import Entry, EntryType, encode_row
+from amst_core.files.entries import MAX_ROWS, Entry, EntryType, encode_row
 from amst_core.files.journal import Fsync
 from amst_core.files.root import Root
 from amst_core.session import packs, service
@@ -180,7 +180,7 @@ def test_without_memory_for_packs_files_go_one_by_one(
 ) -> None:
     make_many(here / "tree", count=50)
     pair = net.pair(root=there)
-    monkeypatch.setattr(pair.near.core.memory, "reserve_copy", lambda size: False)
+    monkeypatch.setattr(pair.near.core.memory, "reserve_pipe", lambda size, own: False)
     assert copy(pair, "up", here, there).failed == ()
     assert described(there / "copy") == described(here / "tree")
     assert PACK not in opened
@@ -198,16 +198,70 @@ def test_a_small_file_with_holes_keeps_them(net: Any, here: Path, there: Path) -
         assert target.st_blocks <= source.st_blocks < 200 * 2
 
 
-def test_fsync_holds_for_packs(net: Any, here: Path, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unnamed", [False, True])
+def test_what_has_the_name_of_a_file_is_replaced_whole_or_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool
+) -> None:
+    if not unnamed:
+        monkeypatch.setattr(files_root, "_UNNAMED", os.O_WRONLY | os.O_DIRECTORY)  # EISDIR, as old kernels answer
+    entry = Entry(b"", EntryType.FILE, 0o640, 7, 3)
+    (tmp_path / "file").write_bytes(b"older")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "directory").mkdir()
+    with Root(tmp_path) as root, files_root.Parents(root, create=True) as parents:
+        for name in (b"link", b"new", b"below/new"):
+            root.put_file(name, entry, memoryview(b"abc"), parents=parents)
+        with pytest.raises(RefusedError):
+            root.put_file(b"directory", entry, memoryview(b"abc"), parents=parents)
+    assert (tmp_path / "file").read_bytes() == b"older"
+    for name in ("link", "new", "below/new"):
+        status = (tmp_path / name).lstat()
+        assert (tmp_path / name).read_bytes() == b"abc"
+        assert (status.st_mode & 0o7777, status.st_mtime_ns, status.st_nlink) == (0o640, 7, 1)
+    assert not list(tmp_path.rglob(".amst-*"))
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_where_each_file_is_synced_nothing_is_packed(
+    net: Any, here: Path, there: Path, monkeypatch: pytest.MonkeyPatch, opened: list[int], direction: str
+) -> None:
+    """Hundreds of syncs in a row would hold up the lane that brought the pack."""
     synced: list[int] = []
     fsync = os.fsync
     monkeypatch.setattr(files_root.os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), fsync(fd))[1])
-    make_many(here / "tree", count=20)
+    source, target = (here, there) if direction == "up" else (there, here)
+    make_many(source / "tree", count=20)
     pair = net.pair(root=there)
-    pair.far.core.fsync = Fsync.END
-    assert copy(pair, "up", here, there).failed == ()
-    for path in (there / "copy").rglob("*"):
+    (pair.far if direction == "up" else pair.near).core.fsync = Fsync.END
+    assert copy(pair, direction, here, there).failed == ()
+    assert described(target / "copy") == described(source / "tree")
+    for path in (target / "copy").rglob("*"):
         assert path.stat().st_ino in synced
+    assert opened.count(PACK) <= 1, "once refused, no other is tried"
+
+
+def test_a_directory_that_must_go_again_comes_before_the_one_above_it(
+    net: Any, here: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its coming would change the time of that, or be forbidden by its mode."""
+    monkeypatch.setattr(packs, "MAX_ROWS", 3)
+    for number in range(12):
+        (here / "tree" / f"{number:02}" / "below").mkdir(parents=True)
+        (here / "tree" / f"{number:02}").chmod(0o555)
+    for path in sorted((here / "tree").rglob("*"), reverse=True):
+        os.utime(path, ns=(5, 5))
+    finish, refused = packs.PackSink.finish, []
+
+    def refusing(sink: packs.PackSink, total: int) -> None:
+        if len(refused) < 2:
+            refused.append(sink)
+            raise StorageError("the first ones are not to be had")
+        finish(sink, total)
+
+    monkeypatch.setattr(packs.PackSink, "finish", refusing)
+    assert copy(net.pair(root=there), "up", here, there).failed == ()
+    assert len(refused) == 2
+    assert described(there / "copy") == described(here / "tree")
 
 
 def test_the_end_of_the_session_names_what_had_not_arrived(
@@ -322,6 +376,44 @@ def test_more_packs_than_a_session_may_have_are_refused(net: Any, there: Path, m
     )
     again.wait(20)
     assert (there / "x").read_bytes() == b"12345"
+
+
+def test_more_files_in_part_than_a_session_may_have_are_refused(
+    net: Any, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs descriptors until the pack is whole."""
+    monkeypatch.setattr(packs, "MAX_PARTS", 10)
+    monkeypatch.setattr(Outgoing, "take", lambda out, most, take=Outgoing.take: take(out, 3))
+    pair = net.pair(root=there)
+    rows = table(*(Entry(b"%d" % number, EntryType.FILE, 0o644, 0, 2) for number in range(100)))
+    ticket = pair.near.core.open(
+        PACK, MemorySource(memoryview(bytearray(200))), size=200, flow=0, attributes={ops.ENTRIES: rows}
+    )
+    with pytest.raises(BusyError, match="part"):
+        ticket.wait(20)
+
+    def takes_another() -> bool:
+        """Once the parts of the first are gone, which is soon after it was refused."""
+        again = pair.near.core.open(
+            PACK, MemorySource(memoryview(b"12345")), size=5, flow=0, attributes={ops.ENTRIES: table(FILE_5)}
+        )
+        try:
+            again.wait(20)
+        except BusyError:
+            return False
+        return True
+
+    net.wait_until(takes_another, "room for another")
+    assert not list(there.glob(".amst-*"))
+
+
+def test_a_table_has_a_bounded_number_of_rows(net: Any, there: Path) -> None:
+    rows = table(*(Entry(b"%d" % number, EntryType.FILE, 0o644, 0) for number in range(MAX_ROWS + 1)))
+    ticket = net.pair(root=there).near.core.open(
+        PACK, MemorySource(memoryview(b"")), size=0, flow=0, attributes={ops.ENTRIES: rows}
+    )
+    with pytest.raises(ProtocolError, match="more than"):
+        ticket.wait(20)
 
 
 def test_a_side_without_a_root_takes_no_packs(net: Any) -> None:
