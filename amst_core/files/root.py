@@ -560,9 +560,11 @@ class Parents:
     def give_name(self, fd: int, leaf: bytes) -> bytes:
         """Name an unnamed file ``leaf``, if nothing has that name; else it gets the temporary one that is returned."""
         source = b"/proc/self/fd/%d" % fd
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(source, leaf, dst_dir_fd=self._fd)
             return b""
+        except FileExistsError:
+            pass
         name = self._temporary_name()
         os.link(source, name, dst_dir_fd=self._fd)
         return name
