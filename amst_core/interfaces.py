@@ -33,12 +33,29 @@ class Capability(enum.Flag):
     NONE = 0
     SECURE = enum.auto()
     """Its lanes encrypt and authenticate by themselves; the core then skips its own AEAD."""
+    FILE_SPAN = enum.auto()
+    """Its lanes have a `Lane.send_span` of their own, which copies less than reading and `Lane.send_frame` do."""
 
 
 Placer: TypeAlias = Callable[[memoryview], memoryview]
 """Given a frame's header (valid during the call only), says where its payload goes and how long it is.
 
 A transport fills the view to its last byte before ``recv_frame`` returns, and writes nowhere else."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpan:
+    """A payload that lies in an open file: ``nbytes`` of ``fd`` from ``offset`` on. Its position is left alone.
+
+    ``read(offset, view)`` fills a view with the file's bytes from an offset of the file on, for where the system cannot
+    send them by itself. It never raises: what the file does not have (any more), or cannot give, reads as zeros, and
+    whoever made the span then knows.
+    """
+
+    fd: int
+    offset: int
+    nbytes: int
+    read: Callable[[int, memoryview], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +225,17 @@ class Lane(ABC):
             BrokenError: the peer or the path is gone, or nothing moved for the write timeout.
         """
 
+    def send_span(self, header: bytes, span: FileSpan) -> None:
+        """As `send_frame`, with a payload that lies in a file. Here it is read into memory first.
+
+        The core calls it where the transport declares `Capability.FILE_SPAN`. The frame is as long as it says,
+        whatever becomes of the file meanwhile: what the system does not send of it comes from ``span.read``. The peer
+        may get bytes that are written to the file after this has returned.
+        """
+        view = memoryview(bytearray(span.nbytes))
+        span.read(span.offset, view)
+        self.send_frame(header, view)
+
     @abstractmethod
     def recv_frame(self, place: Placer) -> bytes | None:
         """Wait for a frame, put its payload where ``place`` says; return its header, None at a clean end.
@@ -270,8 +298,11 @@ class StreamLane(Lane):
         """
 
     def send_frame(self, header: bytes, payload: memoryview) -> None:
-        parts = [memoryview(header), payload] if payload.nbytes else [memoryview(header)]
-        left = HEADER_SIZE + payload.nbytes
+        self.write_whole([memoryview(header), payload] if payload.nbytes else [memoryview(header)])
+
+    def write_whole(self, parts: list[memoryview]) -> None:
+        """Write all of ``parts`` (none empty), which is used up."""
+        left = sum(part.nbytes for part in parts)
         while True:
             done = self.write(parts)
             left -= done

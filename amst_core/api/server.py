@@ -399,7 +399,7 @@ class Server:
             worker = identity.make_worker(
                 core,
                 lane,
-                transport=grant.transport,
+                transport=transport,
                 protection=protection_for(
                     transport, plaintext=grant.agreement.wish.plaintext, verified=grant.agreement.verified
                 ),

@@ -352,6 +352,7 @@ class Engine:
             assert chunk.free, f"{chunk} was viewed after the end of its transfer"
             return
         out.reading.remove(chunk)
+        out.lent = out.lent or chunk.lent
         self._tell_drained(out)
         self._tell_released(out)
         self._settle(out)
@@ -658,6 +659,7 @@ class Engine:
             if not span.copies:
                 self._ack_timer.sample(now - span.sent_at)
             self._slow.discard(span.lane)
+        self._tell_drained(out)
         self._tell_released(out)
 
     def _known_outgoing(self, transfer: int) -> Outgoing | None:

@@ -20,6 +20,7 @@ class Chunk:
     """A span of an outgoing transfer handed to a lane.
 
     ``free``: set by the lane once it holds no view of the source any more, though it still sends what it read.
+    ``lent``: set by a lane that has the system send from the source itself, which may read it until it has arrived.
     """
 
     transfer: int
@@ -28,6 +29,7 @@ class Chunk:
     again: bool  # a retransmission: its source may have changed since it was first read
     lane: int
     free: bool = False
+    lent: bool = False
 
 
 @dataclass(slots=True)
@@ -51,9 +53,9 @@ class Outgoing:
     """
 
     __slots__ = (
-        "acked", "asked", "available", "concluded_at", "cursor", "ended", "flow", "id", "in_flight", "in_line", "limit",
-        "lost", "on_hold", "open_ended", "opened", "queued", "reading", "released", "resends", "resumed", "size",
-        "steady", "turn", "unread", "verdict",
+        "acked", "asked", "available", "concluded_at", "cursor", "ended", "flow", "id", "in_flight", "in_line",
+        "lent", "limit", "lost", "on_hold", "open_ended", "opened", "queued", "reading", "released", "resends",
+        "resumed", "size", "steady", "turn", "unread", "verdict",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +89,7 @@ class Outgoing:
         self.opened = opened  # the peer hears of it as soon as it hears anything
         self.resumed = 0  # bytes the peer held from an earlier try
         self.reading: set[Chunk] = set()  # that a lane is reading or sending right now
+        self.lent = False  # a chunk of it was
         self.steady = steady  # the source cannot change
         self.unread = True  # SourceDrained not told yet
         self.ended = False
@@ -142,8 +145,10 @@ class Outgoing:
         self.cursor = self.acked.end_of_span(self.cursor)
 
     def drained(self) -> bool:
-        """Every byte of a transfer of known size has been handed out, and read if it could change."""
-        return self.size is not None and self.cursor == self.size and (self.steady or self.is_free())
+        """Every byte of a transfer of known size has been handed out, and read for the last time if it could change."""
+        if self.size is None or self.cursor != self.size:
+            return False
+        return self.steady or self.acked.total == self.size or (self.is_free() and not self.lent)
 
     def is_free(self) -> bool:
         """No lane holds a view of the source."""

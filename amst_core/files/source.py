@@ -152,7 +152,7 @@ class FileSource:
         self._may_have_holes = status.st_blocks * 512 < status.st_size
         self._identity = _IDENTITY.pack(status.st_dev, status.st_ino, status.st_ctime_ns)
         self.name = shown
-        self._descriptor = Descriptor(fd, shown=shown)
+        self.descriptor = Descriptor(fd, shown=shown)
 
     @property
     def identity(self) -> bytes:
@@ -175,7 +175,7 @@ class FileSource:
         """
         if not self._may_have_holes:
             return ()
-        with self._descriptor as fd:
+        with self.descriptor as fd:
             try:
                 found = islice(_holes(fd, self.size), _MAX_LOOKED_AT)
                 long = [hole for hole in found if hole[1] - hole[0] >= MIN_HOLE]
@@ -194,7 +194,7 @@ class FileSource:
             ClosedError: the source was closed.
         """
         done, size = 0, view.nbytes
-        with self._descriptor as fd:
+        with self.descriptor as fd:
             while done < size:
                 try:
                     step = os.preadv(fd, [view[done:]], offset + done)
@@ -216,7 +216,7 @@ class FileSource:
             CancelledError: ``cancelled()`` became true.
             ClosedError: the source was closed before.
         """
-        with self._descriptor as fd:
+        with self.descriptor as fd:
             try:
                 found = sha256_of(fd, size=self.size, cancelled=cancelled)
             except OSError as err:
@@ -237,14 +237,14 @@ class FileSource:
             SourceChangedError: it was written to.
             ClosedError: the source was closed.
         """
-        with self._descriptor as fd:
+        with self.descriptor as fd:
             status = os.fstat(fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
             raise source_changed(self.name)
 
     def close(self) -> None:
         """Close the file, once reads in progress have returned. Idempotent, returns at once."""
-        self._descriptor.close()
+        self.descriptor.close()
 
     def __enter__(self) -> Self:
         return self

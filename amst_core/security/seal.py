@@ -60,14 +60,17 @@ class FrameSealer(ABC):
             ProtocolError: an admission frame, or lengths that contradict each other.
             BrokenError: this key has sealed all the frames it may; the lane must be replaced.
         """
-        if header.kind in ADMISSION_KINDS:
-            raise ProtocolError(f"{header.kind.name} frames are never sealed")
+        raw = self._pack(header)
         if payload.nbytes != header.length:
             raise ProtocolError(f"payload of {payload.nbytes} bytes under a header for {header.length}")
-        raw = FrameHeader(
+        return self._seal(raw, payload, buffer)
+
+    def _pack(self, header: FrameHeader) -> bytes:
+        if header.kind in ADMISSION_KINDS:
+            raise ProtocolError(f"{header.kind.name} frames are never sealed")
+        return FrameHeader(
             header.kind, header.transfer, header.offset, header.length, header.length + self.overhead
         ).pack()
-        return self._seal(raw, payload, buffer)
 
     @abstractmethod
     def _seal(self, raw: bytes, payload: memoryview, buffer: memoryview | None) -> tuple[bytes, memoryview]:
@@ -183,6 +186,10 @@ class CrcOpener(FrameOpener):
 
 class BareSealer(FrameSealer):
     """Adds nothing; for lanes of a SECURE transport, and those that nobody verifies."""
+
+    def seal_unseen(self, header: FrameHeader) -> bytes:
+        """As `seal`, of a payload that need not be shown: the packed header."""
+        return self._pack(header)
 
     def _seal(self, raw: bytes, payload: memoryview, buffer: memoryview | None) -> tuple[bytes, memoryview]:
         return raw, payload

@@ -36,7 +36,9 @@ class LaneIdentity:
     incarnation: int
     is_opener: bool
 
-    def make_worker(self, core: SessionCore, lane: Lane, *, transport: str, protection: Protection) -> LaneWorker:
+    def make_worker(
+        self, core: SessionCore, lane: Lane, *, transport: Transport, protection: Protection
+    ) -> LaneWorker:
         """The worker for an admitted lane, with its keys."""
         out, back = keys.Direction.CLIENT_TO_SERVER, keys.Direction.SERVER_TO_CLIENT
         if not self.is_opener:
@@ -45,7 +47,8 @@ class LaneIdentity:
             core,
             lane,
             id=self.incarnation,
-            transport=transport,
+            transport=transport.name,
+            takes_spans=Capability.FILE_SPAN in transport.capabilities,
             protection=protection,
             sealer=make_sealer(
                 protection, keys.lane_key(self.secret, direction=out, incarnation=self.incarnation)

@@ -15,7 +15,7 @@ from ..files.entries import Entry, EntryType, display_path
 from ..files.journal import Fsync, SourceMark
 from ..files.root import Root
 from ..files.sink import FileSink, Recovered
-from ..files.source import FileSource
+from ..files.source import Descriptor, FileSource
 from ..wire.fields import Span
 
 
@@ -23,11 +23,13 @@ class Source(ABC):
     """The bytes of an outgoing transfer; ``name`` is a file's, for people.
 
     ``steady``: they cannot change, and to close it takes no time. ``holes``: spans of zeros, which need not be sent.
+    ``descriptor``: of the open file that has just these bytes, at the same offsets.
     """
 
     name: str = ""
     steady: bool = False
     holes: tuple[Span, ...] = ()
+    descriptor: Descriptor | None = None
 
     @abstractmethod
     def view(self, offset: int, length: int) -> memoryview | None:
@@ -75,6 +77,7 @@ class FileContent(Source):
         self._file = file
         self.name = file.name
         self.holes = file.holes() if sparse else ()
+        self.descriptor = file.descriptor
 
     def view(self, offset: int, length: int) -> None:
         return None

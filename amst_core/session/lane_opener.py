@@ -242,7 +242,7 @@ class LaneOpener:
             answer_challenge(lane, secret=self._secret, incarnation=incarnation, timeout_s=timeout_s)
             identity = LaneIdentity(self._secret, incarnation, is_opener=True)
             protection = protection_for(transport, plaintext=self._plaintext, verified=self._verified)
-            worker = identity.make_worker(self._core, lane, transport=name, protection=protection)
+            worker = identity.make_worker(self._core, lane, transport=transport, protection=protection)
             self._core.lane_joined(worker)
         except BaseException:
             lane.abort()

@@ -10,11 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from ..engine import Chunk, Placement, Verdict
 from ..errors import AmstError, BrokenError, ProtocolError
-from ..interfaces import Lane
-from ..security.seal import FrameOpener, FrameSealer, Protection
+from ..files.source import Descriptor
+from ..interfaces import FileSpan, Lane
+from ..security.seal import BareSealer, FrameOpener, FrameSealer, Protection
 from ..wire.frames import FrameHeader, FrameKind, decode_ack
 from .core import SessionCore
 from .endpoints import Sink, Source
@@ -24,6 +26,9 @@ from .streams import Stream
 _log = logging.getLogger("amst.session")
 _NOTHING = memoryview(b"")
 _MAX_OWN_FRAMES = 1024
+
+SPAN_FROM: Final = 64 << 10
+"""Shorter chunks of files are read and sent: what a lane does for a span costs more than their copy."""
 
 
 class LaneWorker:
@@ -36,6 +41,7 @@ class LaneWorker:
         *,
         id: int,
         transport: str,
+        takes_spans: bool,
         protection: Protection,
         sealer: FrameSealer,
         opener: FrameOpener,
@@ -60,6 +66,8 @@ class LaneWorker:
         self.pings: dict[int, float | None] = {}  # token asked → when its answer came
         self._core = core
         self._sealer = sealer
+        # a check or a tag is made of bytes that are then sent: the file's may change between
+        self._span_sealer = sealer if takes_spans and isinstance(sealer, BareSealer) else None
         self._opener = opener
         self._fin_received = False
         self._ended_halves = 0
@@ -132,7 +140,9 @@ class LaneWorker:
         header = FrameHeader(FrameKind.DATA, chunk.transfer, chunk.offset, chunk.length)
         view = source.view(chunk.offset, chunk.length)
         overhead = self._sealer.overhead
-        if view is not None and not overhead:
+        if self._span_sealer is not None and source.descriptor is not None and chunk.length >= SPAN_FROM:
+            self._send_span(self._span_sealer.seal_unseen(header), chunk, source, source.descriptor)
+        elif view is not None and not overhead:
             self.lane.send_frame(*self._sealer.seal(header, view))
         else:
             pool = self._core.send_pool
@@ -154,6 +164,24 @@ class LaneWorker:
                 pool.release(buffer)
         self.bytes_sent += chunk.length
         self.last_active = time.monotonic()
+
+    def _send_span(self, header: bytes, chunk: Chunk, source: Source, file: Descriptor) -> None:
+        """Have the lane send from the file itself."""
+        failed = False
+
+        def read(offset: int, view: memoryview) -> None:
+            nonlocal failed
+            try:
+                source.read_into(offset, view)
+            except AmstError as err:
+                view[:] = bytes(view.nbytes)
+                if not failed:  # told before they are sent: the peer must not take these zeros for the file's
+                    self._core.source_failed(chunk, err)
+                failed = True
+
+        chunk.lent = True
+        with file as fd:
+            self.lane.send_span(header, FileSpan(fd, chunk.offset, chunk.length, read))
 
     # ---- receiving -------------------------------------------------------------------------------
 

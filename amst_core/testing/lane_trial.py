@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeAlias
 
-from ..interfaces import HEADER_SIZE, Lane, LaneTimeouts, PathStats, StreamLane
+from ..interfaces import HEADER_SIZE, FileSpan, Lane, LaneTimeouts, PathStats, StreamLane
 from .conformance import SETTLE_S, Call, NotApplicable, Trial
 
 Frame: TypeAlias = tuple[bytes, bytes]
@@ -89,6 +91,26 @@ class LaneTrial(Trial):
         got = [self.receive(receiver, len(payload)) for _, payload in frames]
         self.returns(sending)
         return got
+
+    # ---- spans of files ----------------------------------------------------------------------
+
+    def span(self, content: bytes, *, offset: int = 0, nbytes: int, file_size: int = 0) -> FileSpan:
+        """A span of a new file: ``content``, then zeros up to ``file_size``. It may end beyond that."""
+        file = tempfile.TemporaryFile(buffering=0)
+        self.afterwards(file.close)
+        file.write(content)
+        if file_size:
+            file.truncate(file_size)
+
+        def read(at: int, view: memoryview) -> None:
+            got = os.preadv(file.fileno(), [view], at)
+            view[got:] = bytes(view.nbytes - got)
+
+        return FileSpan(file.fileno(), offset, nbytes, read)
+
+    def sending_span(self, lane: Lane, head: bytes, span: FileSpan) -> Call:
+        """Begin to send one."""
+        return self.begin("send_span", lane.send_span, head, span)
 
     def settle(self) -> None:
         """Give threads the time to run into what should block them."""

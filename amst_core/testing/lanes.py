@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection
 from contextlib import suppress
 from itertools import pairwise
@@ -451,6 +452,64 @@ def _nothing_left(t: LaneTrial) -> None:
     count.nothing_of(_MANY, f"{_MANY} lanes whose both ends are closed or aborted")
 
 
+# ---- spans of files --------------------------------------------------------------------------------
+
+
+def _span_whole(t: LaneTrial) -> None:
+    content = pattern((1 << 20) + 5000)
+    near, far = t.pair()
+    for number, (offset, size) in enumerate(((0, 1), (4097, 100), (33, 4096), (4096, 1 << 20))):
+        sending = t.sending_span(near, header(3000 + number), t.span(content, offset=offset, nbytes=size))
+        head, got = t.receive(far, size)
+        t.returns(sending)
+        t.check(head == header(3000 + number), "the header as it was sent", head)
+        wrong = first_difference(content[offset : offset + size], got)
+        t.check(wrong is None, f"{size} bytes of the file from its byte {offset} on", f"byte {wrong} is another one")
+
+
+def _span_short(t: LaneTrial) -> None:
+    content, size = pattern(30_000), 50_000
+    near, far = t.pair()
+    for offset in (0, size):
+        sending = t.sending_span(near, header(3100), t.span(content, offset=offset, nbytes=size))
+        sending.ended(SETTLE_S)
+        after = t.sending(near, (header(3101), b"the next"))
+        got = [t.receive(far, size), t.receive(far, 8)]
+        for call in (sending, after):
+            t.returns(call)
+        expected = content[offset:].ljust(size, b"\0")
+        t.check(got[0] == (header(3100), expected), "a frame that ends in what span.read gives", "other bytes")
+        t.check(got[1] == (header(3101), b"the next"), "the next frame after one whose file was too short", got[1])
+
+
+def _span_file(t: LaneTrial) -> None:
+    content = pattern(100_000)
+    span = t.span(content, offset=1000, nbytes=90_000)
+    os.lseek(span.fd, 7, os.SEEK_SET)
+    near, far = t.pair()
+    sending = t.sending_span(near, header(3200), span)
+    t.receive(far, span.nbytes)
+    t.returns(sending)
+    at = os.lseek(span.fd, 0, os.SEEK_CUR)
+    t.check(at == 7, "the file to stay open, and at the position that it had", f"position {at}")
+    t.check(os.pread(span.fd, len(content) + 1, 0) == content, "the file as it was", "other bytes in it")
+
+
+def _span_abort(t: LaneTrial) -> None:
+    span = t.span(b"", nbytes=t.more_than_holds, file_size=t.more_than_holds)
+    near, _far = t.pair()
+    sending = t.sending_span(near, header(3300), span)
+    t.settle()
+    t.call("abort", near.abort)
+    t.raises(sending, ClosedError)
+
+
+def _span_timeout(t: LaneTrial) -> None:
+    span = t.span(b"", nbytes=t.more_than_holds, file_size=t.more_than_holds)
+    near, _far = t.pair(LaneTimeouts(write_s=_LIMIT_S / 2))
+    t.raises(t.sending_span(near, header(3400), span), BrokenError)
+
+
 # ---- statistics -----------------------------------------------------------------------------------
 
 
@@ -587,6 +646,13 @@ LANE_RULES: Final[tuple[Rule[LaneTrial], ...]] = (
     Rule("closed-after-own-end", "after close or abort, send_frame and recv_frame raise ClosedError", _closed),
     Rule("with-closes-or-aborts", "a with block closes the lane, or aborts it when it ends by an exception", _with),
     Rule("nothing-outlives-a-lane", "no thread and no descriptor of a lane is left after both ends", _nothing_left),
+    Rule("span-stays-whole", "a span of a file arrives as the bytes that the file has there", _span_whole),
+    Rule("short-file-keeps-the-frame", "a file too short for its span is made up from span.read; frames stay whole",
+         _span_short),
+    Rule("file-is-only-read", "send_span leaves a file's bytes and position as they were", _span_file),
+    Rule("abort-wakes-span-sender", "a thread blocked in send_span gets ClosedError when this side aborts",
+         _span_abort),
+    Rule("span-write-timeout", "a span that makes no progress for write_s raises BrokenError", _span_timeout),
     Rule("stats-never-raise", "path_stats returns PathStats at any time, also after the end", _stats_raise),
     Rule("stats-from-any-thread", "path_stats returns while other threads are inside the lane", _stats_any_thread),
     Rule("stats-are-totals", "counters count since the lane opened and never fall", _stats_totals),

@@ -367,6 +367,7 @@ class TwoEngines(RuleBasedStateMachine):
                 assert all(e <= start or end <= b for b, e in before), "the peer held this from an earlier try"
                 self._count(s, chunk.length)
                 self.in_air.append((1 - side, lane, OnLane(chunk, data)))
+                chunk.lent = pick % 5 == 0
                 if pick % 3:
                     s.engine.chunk_left(chunk)
                 else:

@@ -244,6 +244,45 @@ def test_a_lane_that_is_stuck_in_sending_does_not_hold_the_end_up() -> None:
     assert engine.events() == []
 
 
+def test_a_source_that_was_lent_is_drained_when_all_of_it_has_arrived() -> None:
+    """The system may read it until then."""
+    engine, tid = make(), 1
+    engine.open(m.FILE, size=50, flow="f")
+    lent = engine.next_chunk(1, 0.0)
+    assert lent is not None
+    lent.lent = True
+    engine.chunk_left(lent)
+    assert SourceDrained(tid) not in engine.events()
+    engine.receive(m.Ack(((tid, 50, ()),)), 0.1)
+    assert engine.events()[-1] == SourceDrained(tid)
+
+
+def test_a_lane_that_is_stuck_with_what_was_lent_does_not_hold_the_end_up() -> None:
+    engine, tid = make(), 1
+    engine.chunk_size = 50
+    engine.open(m.FILE, size=100, flow="f")
+    lent = engine.next_chunk(1, 0.0)
+    assert lent is not None
+    lent.lent = True
+    engine.chunk_left(lent)
+    stuck = engine.next_chunk(1, 0.01)
+    assert stuck is not None
+    stuck.lent = True
+    engine.receive(m.Ack(((tid, 50, ()),)), 0.02)
+    engine.resend_late(0.5)
+    assert span_of(send(engine, 2, 0.5)) == (50, 100)
+    assert SourceDrained(tid) not in engine.events(), "it may still be read, and change meanwhile"
+    engine.receive(m.Ack(((tid, 100, ()),)), 0.6)
+    assert engine.events()[-1] == SourceDrained(tid), "though a lane is stuck with a copy of it"
+    engine.end(tid)
+    engine.receive(m.Result(tid, "", ""), 0.7)
+    engine.resend_late(0.7)
+    engine.resend_late(1.7)
+    assert LaneOvertaken(1) in engine.events()
+    engine.chunk_left(stuck)
+    assert engine.events() == [TransferDone(tid, "", "")]
+
+
 def test_a_source_that_cannot_change_is_drained_when_all_is_handed_out() -> None:
     engine = make()
     tid = engine.open(m.MESSAGE, size=50, flow="f", steady=True)

@@ -50,12 +50,14 @@ SHAPES: dict[str, dict[int, bytes]] = {
 }
 
 
-@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
+@pytest.mark.parametrize(
+    ("plaintext", "verify"), [(False, True), (True, True), (True, False)], ids=["encrypted", "plaintext", "unverified"]
+)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_stays_sparse_up_and_down(net: Any, tmp_path: Path, shape: str, plaintext: bool) -> None:
+def test_it_stays_sparse_up_and_down(net: Any, tmp_path: Path, shape: str, plaintext: bool, verify: bool) -> None:
     source = make_sparse(tmp_path / "source", data=SHAPES[shape])
     (tmp_path / "root").mkdir()
-    pair = net.pair(streams=3, plaintext=plaintext, root=tmp_path / "root")
+    pair = net.pair(streams=3, plaintext=plaintext, verify=verify, root=tmp_path / "root")
     up = upload(pair.near, [(source, b"there")])
     down = download(pair.near, [(b"there", tmp_path / "back")])
     for copy, result, sender in (

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from amst_core.errors import BrokenError, ClosedError
-from amst_core.interfaces import LaneTimeouts, PathStats, Placer
+from amst_core.interfaces import FileSpan, LaneTimeouts, PathStats, Placer
 from amst_core.testing.memory import CAPACITY, ByteQueue, MemoryLane
 
 HANG_S = 4.0
@@ -206,8 +206,16 @@ class QueuesSmallFramesWithoutEnd(MemoryLane):
 
 @breaks("write-timeout")
 class SendsForEver(MemoryLane):
-    def __init__(self, out: ByteQueue, back: ByteQueue, timeouts: LaneTimeouts, name: str) -> None:
-        super().__init__(out, back, replace(timeouts, write_s=3600.0), name)
+    is_patient = True
+
+    def send_span(self, header: bytes, span: FileSpan) -> None:
+        self.is_patient = False
+        super().send_span(header, span)
+
+    def send_frame(self, header: bytes, payload: memoryview) -> None:
+        if self.is_patient:
+            self._timeouts = replace(self._timeouts, write_s=3600.0)
+        super().send_frame(header, payload)
 
 
 @breaks("slow-send-is-no-timeout")
@@ -420,6 +428,46 @@ class KeepsADescriptor(MemoryLane):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.kept.append(os.open("/dev/null", os.O_RDONLY))
+
+
+# ---- spans of files --------------------------------------------------------------------------------
+
+
+@breaks("span-stays-whole")
+class BeginsAtABlock(MemoryLane):
+    def send_span(self, header: bytes, span: FileSpan) -> None:
+        super().send_span(header, replace(span, offset=span.offset & ~31))
+
+
+@breaks("short-file-keeps-the-frame")
+class StopsWhereTheFileDoes(MemoryLane):
+    def send_span(self, header: bytes, span: FileSpan) -> None:
+        there = max(0, os.fstat(span.fd).st_size - span.offset)
+        super().send_span(header, replace(span, nbytes=min(there, span.nbytes)))
+
+
+@breaks("file-is-only-read")
+class MovesThePosition(MemoryLane):
+    def send_span(self, header: bytes, span: FileSpan) -> None:
+        super().send_span(header, span)
+        os.lseek(span.fd, span.offset + span.nbytes, os.SEEK_SET)
+
+
+@breaks("abort-wakes-span-sender")
+class SpanSenderSleepsOn(MemoryLane):
+    def send_span(self, header: bytes, span: FileSpan) -> None:
+        try:
+            super().send_span(header, span)
+        except ClosedError:
+            time.sleep(HANG_S)
+            raise
+
+
+@breaks("span-write-timeout")
+class SendsSpansForEver(MemoryLane):
+    def send_span(self, header: bytes, span: FileSpan) -> None:
+        self._timeouts = replace(self._timeouts, write_s=3600.0)
+        super().send_span(header, span)
 
 
 # ---- statistics -----------------------------------------------------------------------------------

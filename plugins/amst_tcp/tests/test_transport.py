@@ -98,7 +98,7 @@ def test_it_describes_itself() -> None:
     transport = TcpTransport({})
     assert transport.name == "tcp"
     assert transport.api_version == API_VERSION
-    assert transport.capabilities == Capability.NONE
+    assert transport.capabilities == Capability.FILE_SPAN
     assert transport.advertise(3, lambda _lane: None) == Advertisement("tcp", 3, "")
     transport.close()
     transport.close()

@@ -32,7 +32,7 @@ class TcpTransport(Transport):
     """Opens and adopts TCP lanes. Holds no socket and no thread of its own; safe from any thread."""
 
     name: ClassVar[str] = "tcp"
-    capabilities: ClassVar[Capability] = Capability.NONE
+    capabilities: ClassVar[Capability] = Capability.FILE_SPAN
 
     def __init__(self, options: Mapping[str, object]) -> None:
         """Check ``options``, the settings under ``plugins.tcp`` (see `SocketOptions`).
