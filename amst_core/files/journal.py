@@ -185,9 +185,10 @@ class Journal:
         self._committing = False
         os.lseek(fd, 0, os.SEEK_END)
 
-    def append(self, offset: int, view: memoryview, *, data_fd: int) -> None:
+    def append(self, offset: int, view: memoryview, *, data_fd: int, crc: int | None = None) -> None:
         """Record that ``view`` has been written at ``offset`` of the partial file, which ``data_fd`` is open on.
 
+        ``crc`` is the CRC-32C of ``view``; without it, it is computed.
         Returns when the record is written; with `Fsync.ALWAYS` when bytes and record are on the disk, where threads
         that come at the same time share their syncs.
 
@@ -196,11 +197,14 @@ class Journal:
         """
         if self._given_up:
             return
-        records = b"".join(
-            encode_record(Record(offset + at, len(piece), crc32c(piece)))
-            for at in range(0, len(view), MAX_SPAN)
-            for piece in (view[at : at + MAX_SPAN],)
-        )
+        if crc is not None and len(view) <= MAX_SPAN:
+            records = encode_record(Record(offset, len(view), crc))
+        else:
+            records = b"".join(
+                encode_record(Record(offset + at, len(piece), crc32c(piece)))
+                for at in range(0, len(view), MAX_SPAN)
+                for piece in (view[at : at + MAX_SPAN],)
+            )
         if self._fsync is Fsync.ALWAYS:
             self._commit(records, data_fd)
         else:

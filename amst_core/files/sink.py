@@ -187,8 +187,8 @@ class FileSink:
 
     # ---- bytes ----------------------------------------------------------------------------
 
-    def write(self, offset: int, view: memoryview) -> None:
-        """Put ``view`` at ``offset``.
+    def write(self, offset: int, view: memoryview, crc: int | None = None) -> None:
+        """Put ``view`` at ``offset``; ``crc`` is its CRC-32C, if it is known.
 
         Raises:
             RefusedError: no permission, a symbolic link on the way, a directory under the file's name.
@@ -205,7 +205,7 @@ class FileSink:
                 while done < size:
                     done += os.pwrite(fd, view[done:], offset + done)
                 if part.journal is not None:
-                    part.journal.append(offset, view, data_fd=fd)
+                    part.journal.append(offset, view, data_fd=fd, crc=crc)
             except OSError as err:
                 raise target_error(err, "cannot write", path=self._shown) from err
 

@@ -442,8 +442,8 @@ class _Counted(TreeEntrySink):
         self.on_stored: Callable[[int], None] = lambda size: None
         self._left_out = 0
 
-    def store(self, start: int, view: memoryview) -> None:
-        super().store(start, view)
+    def store(self, start: int, view: memoryview, crc: int | None = None) -> None:
+        super().store(start, view, crc)
         self.on_stored(view.nbytes)
 
     def leave_out(self, size: int) -> None:

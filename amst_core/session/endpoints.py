@@ -14,7 +14,7 @@ from ..errors import AmstError
 from ..files.entries import Entry, EntryType, display_path
 from ..files.journal import Fsync, SourceMark
 from ..files.root import Root
-from ..files.sink import FileSink, Recovered
+from ..files.sink import JOURNAL_FROM, FileSink, Recovered
 from ..files.source import Descriptor, FileSource
 from ..wire.fields import Span
 
@@ -98,11 +98,12 @@ class FileContent(Source):
 class Sink(ABC):
     """Where an incoming transfer goes; ``name`` is a file's, for people.
 
-    ``sparse``: what is never stored reads as zeros.
+    ``sparse``: what is never stored reads as zeros. ``wants_crc``: `store` has use for the CRC-32C of the bytes.
     """
 
     name: str = ""
     sparse: bool = False
+    wants_crc: bool = False
 
     def prepare_locked(self) -> None:
         """A span is about to be placed (the session's lock held; quick)."""
@@ -111,8 +112,8 @@ class Sink(ABC):
     def place(self, start: int, end: int) -> memoryview | None:
         """The memory for a span, None when it must be given to `store` once verified."""
 
-    def store(self, start: int, view: memoryview) -> None:
-        """Keep verified bytes that `place` had no memory for.
+    def store(self, start: int, view: memoryview, crc: int | None = None) -> None:
+        """Keep verified bytes that `place` had no memory for; ``crc`` is their CRC-32C, if it is known.
 
         Raises:
             AmstError: they cannot be kept; the transfer fails, the lane goes on.
@@ -196,7 +197,8 @@ class TreeEntrySink(Sink):
         self.sparse = entry.type is EntryType.FILE and not open_ended
         self._file: FileSink | None = None
         if entry.type is EntryType.FILE:
-            is_known = entry.identity and not open_ended
+            is_known = bool(entry.identity) and not open_ended
+            self.wants_crc = is_known and entry.size > JOURNAL_FROM
             self._file = root.open_sink(
                 path,
                 size=None if open_ended else entry.size,
@@ -208,9 +210,9 @@ class TreeEntrySink(Sink):
     def place(self, start: int, end: int) -> None:
         return None
 
-    def store(self, start: int, view: memoryview) -> None:
+    def store(self, start: int, view: memoryview, crc: int | None = None) -> None:
         assert self._file is not None, "only files have bytes"
-        self._file.write(start, view)
+        self._file.write(start, view, crc)
 
     def finish(self, total: int) -> None:
         if self._file is not None:

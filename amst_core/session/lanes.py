@@ -252,7 +252,8 @@ class LaneWorker:
         failure: AmstError | None = None
         if fills and sink is not None and target is None:
             try:
-                sink.store(placement.start, plain)
+                crc = self._opener.payload_crc(raw, plain.nbytes) if sink.wants_crc else None
+                sink.store(placement.start, plain, crc)
             except AmstError as err:
                 failure = err
         self._arriving = None

@@ -475,7 +475,7 @@ class OrderedSink(Sink):
         assert ring is not None, "a span was placed before memory was taken, or after the end"
         return ring[at : at + end - start] if at + end - start <= self._capacity else None
 
-    def store(self, start: int, view: memoryview) -> None:
+    def store(self, start: int, view: memoryview, crc: int | None = None) -> None:
         """A span that goes around the end of the ring."""
         ring, at = self._ring, start % self._capacity
         assert ring is not None, "a span was stored after the end"

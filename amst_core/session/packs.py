@@ -196,7 +196,7 @@ class PackSink(Sink):
     def place(self, start: int, end: int) -> None:
         return None
 
-    def store(self, start: int, view: memoryview) -> None:
+    def store(self, start: int, view: memoryview, crc: int | None = None) -> None:
         entries, end = self._decoded(), start + view.nbytes
         with Parents(self._root, create=True) as parents:
             for index in range(bisect_right(self._starts, start) - 1, len(entries)):

@@ -319,6 +319,18 @@ def test_a_record_is_one_write_at_once_and_no_sync(
     assert calls == [RECORD_SIZE] * 3
 
 
+def test_a_crc_that_is_known_is_not_computed(
+    opened: Callable[..., tuple[Journal, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, data_fd = opened()
+    journal.append(7, memoryview(b"four"), data_fd=data_fd, crc=0x1234)
+    monkeypatch.setattr(module, "MAX_SPAN", 4)
+    journal.append(100, memoryview(b"01234"), data_fd=data_fd, crc=0x5678)
+    assert found(tmp_path / "journal") == [
+        Record(7, 4, 0x1234), Record(100, 4, crc32c(b"0123")), Record(104, 1, crc32c(b"4"))
+    ]  # fmt: skip
+
+
 def test_a_long_span_has_several_records(
     opened: Callable[..., tuple[Journal, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

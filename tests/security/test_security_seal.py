@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -254,3 +255,18 @@ def test_a_key_is_used_up_before_its_nonces_repeat(monkeypatch: pytest.MonkeyPat
     assert [opened(opener, *frame) for frame in frames[:2]] == [DATA[1]] * 2
     with pytest.raises(ProtocolError, match="more than 2 frames"):
         opened(opener, *frames[2])
+
+
+@protections
+@pytest.mark.parametrize("size", [1, (128 << 10) - 1, 128 << 10, (1 << 20) + 7])
+def test_the_crc_of_a_payload_is_known_from_a_long_frame_that_has_one(protection: Protection, size: int) -> None:
+    payload = bytes(range(251)) * (size // 251 + 1)
+    payload = payload[:size]
+    raw, wire = sealed(make_sealer(protection, KEY), data_header(payload, offset=5), payload)
+    opener = make_opener(protection, KEY)
+    opened(opener, raw, wire)
+    known = opener.payload_crc(raw, size)
+    if protection is Protection.CRC and size >= 128 << 10:
+        assert known == crc32c(payload)
+    else:
+        assert known is None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crc32c import crc32c
 
 from amst_core.errors import (
     AmstError,
@@ -23,6 +24,7 @@ from amst_core.errors import (
     SourceChangedError,
     StorageError,
 )
+from amst_core.files import journal
 from amst_core.files.entries import Entry, EntryType, to_attributes
 from amst_core.files.source import FileSource
 from amst_core.session.copying import CopyResult, download, upload
@@ -724,6 +726,23 @@ def test_a_file_goes_on_where_a_session_that_ended_left_it(
     assert (copy.files, copy.bytes) == (2, 4 * MIB + len(done))
     assert copy.resumed_bytes >= arrived
     no_leftovers()
+
+
+def test_what_a_crc_has_verified_is_not_read_again_for_the_journal(
+    net: Any, here: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+
+    def counting(data: memoryview, value: int = 0) -> int:
+        computed.append(len(data))
+        return crc32c(data, value)
+
+    monkeypatch.setattr(journal, "crc32c", counting)
+    (here / "file").write_bytes(os.urandom(8 * MIB))
+    pair = net.pair(plaintext=True, root=there)
+    assert upload(pair.near, [(here / "file", b"copy")]).failed == ()
+    assert (there / "copy").read_bytes() == (here / "file").read_bytes()
+    assert 0 < max(computed) < 128 << 10, "but for chunks that are shorter"
 
 
 def test_cancelling_a_file_removes_what_had_arrived(

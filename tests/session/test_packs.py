@@ -292,9 +292,9 @@ def test_stopping_gives_up_the_packs_under_way(net: Any, spawn: Any, here: Path,
     stop = Stop()
     store = packs.PackSink.store
 
-    def stopping(sink: Any, start: int, view: memoryview) -> None:
+    def stopping(*args: Any) -> None:
         stop.cancel()
-        store(sink, start, view)
+        store(*args)
 
     monkeypatch.setattr(packs.PackSink, "store", stopping)
     result = upload(pair.near, [(here / "tree", b"copy")], stop=stop)

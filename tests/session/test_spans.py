@@ -140,11 +140,11 @@ class HeldWrite:
         self.reached, self.go_on = threading.Event(), threading.Event()
         write = FileSink.write
 
-        def held(sink: FileSink, offset: int, view: memoryview) -> None:
+        def held(sink: FileSink, offset: int, view: memoryview, crc: int | None = None) -> None:
             if offset + len(view) == SIZE:
                 self.reached.set()
                 assert self.go_on.wait(60)
-            write(sink, offset, view)
+            write(sink, offset, view, crc)
 
         monkeypatch.setattr(FileSink, "write", held)
 
