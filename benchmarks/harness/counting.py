@@ -59,11 +59,14 @@ class Load:
         return (self.large - self.small) / self.per
 
 
+_FIXED: Final = ("--set", "transport.amst.chunk_size_kb=4096")
+"""The longest chunk that grows by itself: how long others become depends on the clock."""
+
 LOADS: Final = (
-    Load("memory-plaintext", Work.MEMORY, ("--plaintext",), 64 * _MIB, 320 * _MIB, 1024 * _MIB),
-    Load("memory-encrypted", Work.MEMORY, (), 64 * _MIB, 320 * _MIB, 1024 * _MIB),
-    Load("file-encrypted", Work.FILE, (), 64 * _MIB, 320 * _MIB, 1024 * _MIB),
-    Load("small-files", Work.TREE, (), 100, 1100, 1),
+    Load("memory-plaintext", Work.MEMORY, ("--plaintext", *_FIXED), 64 * _MIB, 320 * _MIB, 1024 * _MIB),
+    Load("memory-encrypted", Work.MEMORY, _FIXED, 64 * _MIB, 320 * _MIB, 1024 * _MIB),
+    Load("file-encrypted", Work.FILE, _FIXED, 64 * _MIB, 320 * _MIB, 1024 * _MIB),
+    Load("small-files", Work.TREE, _FIXED, 100, 1100, 1),
 )
 
 
