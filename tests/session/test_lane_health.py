@@ -207,6 +207,7 @@ def test_nobody_gives_back_the_grants_of_another_session(net: Any, wrap_lanes: A
         return connect(transport, *args)
 
     stranger = net.connect(pair.server, streams=1)
+    net.wait_until(lambda: not pair.server._grants, "the grants of the first lanes to be used")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TcpTransport, "connect", slow)
         try:

@@ -53,6 +53,8 @@ def test_the_numbers_while_traffic_moves(net: Any, spawn: Any, plaintext: bool) 
     during, elapsed = pair.near.metrics(), time.monotonic() - started
     far = pair.far.metrics()
     traffic.stop()
+    # a lane counts a chunk once it has sent it, which the peer may know sooner
+    net.wait_until(lambda: pair.near.metrics().bytes_sent == traffic.bytes, "every lane to have counted")
     after = pair.near.metrics()
     assert 40 * MIB <= during.bytes_sent <= after.bytes_sent
     assert during.bytes_sent == sum(stream.bytes_sent for stream in during.streams) or during.bytes_sent > 0
@@ -77,6 +79,7 @@ def test_each_stream_has_its_own_numbers(net: Any, spawn: Any) -> None:
     traffic = Traffic(pair, spawn)
     net.wait_until(lambda: all(s.bytes_sent for s in pair.near.metrics().streams), "every stream to have its share")
     traffic.stop()
+    net.wait_until(lambda: pair.near.metrics().bytes_sent == traffic.bytes, "every lane to have counted")
     near, far = pair.near.metrics().streams, pair.far.metrics().streams
     # each side counts its streams in the order in which they came up there; what they share is the incarnation
     same = {w.stream.id: pair.far.core.lanes[id].stream.id for id, w in pair.near.core.lanes.items()}
