@@ -439,6 +439,7 @@ def test_a_source_that_changes_while_it_is_sent_is_not_delivered(
         ("source_changed", "changing")
     ]
     assert result.files == 5
+    no_leftovers()
     assert sorted(os.listdir(target / "copy")) == [f"good{i}" for i in range(5)]
     for i in range(5):
         assert (target / "copy" / f"good{i}").read_bytes() == (tree / f"good{i}").read_bytes()

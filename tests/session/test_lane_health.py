@@ -183,7 +183,7 @@ def test_each_failure_in_a_row_waits_longer_and_nobody_gives_up(net: Any, monkey
 def test_grants_that_are_not_used_are_given_back(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = Refusing(monkeypatch)
     pair = net.pair(streams=3)
-    assert not pair.server._grants
+    net.wait_until(lambda: not pair.server._grants, "the grants of the first lanes to be used")
     refusing.on = True
     for worker in list(pair.near.core.lanes.values())[:2]:
         worker.lane.abort()
