@@ -14,7 +14,8 @@ Whatever peers do, these together never pass the total, over all sessions:
 - *Copies* of what is sent from mutable memory: what that leaves, and of it again `most_of` what others leave. What
   finds no room is sent without a copy, so that nobody waits for memory who may hold what others wait for.
 - *Pipes*, out of the same part and at most `most_of` it: what a writer keeps until it is acknowledged, and what a
-  reader's peer may send ahead. A pipe has at most half of what the session's others leave.
+  reader's peer may send ahead. A pipe has at most half of what the session's others leave. The blocks in which small
+  files are packed count as those of a pipe.
 
 A session is admitted with terms that fit what is free: long chunks and much credit for the first ones, less for those
 that come when there are many. A part is set aside for each of the sessions that may still come, so that with the

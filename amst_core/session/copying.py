@@ -30,7 +30,8 @@ from .core import SessionCore
 from .endpoints import Sink, TreeEntrySink
 from .packs import PackRoom, PackSink
 from .requests import PendingRequest
-from .service import TreeSender, is_present, measure
+from .sending import TreeSender
+from .service import is_present, measure
 
 if TYPE_CHECKING:
     from .session import Session

@@ -14,10 +14,11 @@ from amst_core.files import root as files_root
 from amst_core.files.entries import MAX_ROWS, Entry, EntryType, encode_row
 from amst_core.files.journal import Fsync
 from amst_core.files.root import Root
-from amst_core.session import packs, service
+from amst_core.session import packs
 from amst_core.session.copying import CopyFailure, CopyResult, download, upload
 from amst_core.session.core import SessionCore
 from amst_core.session.endpoints import MemorySource
+from amst_core.session.sending import TreeSender
 from amst_core.wire import requests as ops
 from amst_core.wire.messages import PACK
 
@@ -168,7 +169,7 @@ def test_the_memory_of_packs_is_counted_and_comes_back(net: Any, here: Path, the
         most = max(most, memory.copied)
 
     with Root(here) as root:
-        sender = service.TreeSender(pair.near.core, root, b"tree")
+        sender = TreeSender(pair.near.core, root, b"tree")
         sender.on_done = look
         assert sender.send(b"copy") == []
     assert packs.PACK_BYTES <= most <= packs.PACKS_AT_ONCE * packs.PACK_BYTES + packs.PACK_BYTES
