@@ -154,8 +154,22 @@ class Candidate:
 class AckSample:
     """One acknowledgement as a congestion controller sees it. Times in seconds, sizes in bytes.
 
-    ``prior_in_flight`` and ``prior_delivered`` are the values when the newest acknowledged packet left;
-    ``delivery_rate`` (bytes/s) is None when the sample allows no estimate.
+    The newest acknowledged packet is the one that was sent last of those that this acknowledgement covers.
+
+    Attributes:
+        now: when the acknowledgement arrived.
+        sent_at: when the newest acknowledged packet left.
+        acked: what it acknowledges for the first time, selectively or not.
+        lost: what is taken for lost at this acknowledgement; ``on_loss`` has told of it before.
+        rtt: of the newest acknowledged packet, None where it cannot be told (it was sent twice).
+        in_flight: what is under way now; ``prior_in_flight`` what was before this acknowledgement.
+        delivered: all that was ever acknowledged, ``acked`` included; ``prior_delivered`` the same when the newest
+            acknowledged packet left. The difference is what was delivered during its round trip.
+        delivery_rate: bytes/s, None when the sample allows no estimate (`amst_core.congestion`).
+        app_limited: the newest acknowledged packet left while the sender had nothing more to send, so the rate
+            may be below what the path allows.
+        round_start: the newest acknowledged packet left after the last round trip began: a new one begins.
+        ecn_ce: bytes of ``acked`` that were marked as having met congestion (RFC 3168).
     """
 
     now: float
@@ -405,11 +419,24 @@ class CongestionController(ABC):
 
     @abstractmethod
     def on_loss(self, *, now: float, sent_at: float, lost: int, in_flight: int, persistent: bool) -> None:
-        """``lost`` bytes are gone. ``sent_at`` lets a controller react once per round trip."""
+        """``lost`` bytes are gone, the newest of them sent at ``sent_at``; ``in_flight`` counts them no more.
+
+        ``sent_at`` lets a controller react once per round trip: what left before it last reacted says nothing new.
+        ``persistent``: nothing came back for so long that what is known of the path is out of date (a retransmission
+        timeout of TCP; RFC 9002 7.6).
+        """
+
+    def on_spurious_loss(self, *, now: float) -> None:
+        """What ``on_loss`` told of since the last congestion event has arrived after all (RFC 4015, RFC 9438 4.9)."""
 
     @abstractmethod
     def state(self) -> Mapping[str, float | str]:
-        """The controller's variables for metrics and traces (``ssthresh``, ``btl_bw``, ``mode``...)."""
+        """The controller's variables for metrics and traces (``ssthresh``, ``btl_bw``, ``mode``...).
+
+        Every controller has ``algorithm``, ``cwnd``, ``ssthresh``, ``rtt``, ``min_rtt``, ``bandwidth`` (the last
+        sample), ``max_bandwidth``, ``in_flight``, ``sent``, ``acked``, ``lost`` (bytes), ``loss_rate`` (lost / sent)
+        and ``pacing_rate``; what it does not know is not there. Seconds, bytes, bytes/s.
+        """
 
 
 class ModeDetector(ABC):

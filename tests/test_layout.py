@@ -22,7 +22,7 @@ LAYERS = (
     ("errors", "interfaces", "hookspecs", "units", "endpoint", "process"),
     ("wire",),
     ("engine",),
-    ("control", "files", "security", "settings", "plugins", "buffers", "memory"),
+    ("control", "files", "security", "settings", "plugins", "buffers", "memory", "congestion"),
     ("session",),
     ("api",),
     ("aio",),
