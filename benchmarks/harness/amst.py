@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .contender import ARRIVED, Contender, Job, Outcome, Servers, Work, first_line
 from .errors import RunError
-from .peers.mbuffer import tar
+from .peers.mbuffer import tar, untar
 
 AMST = [sys.executable, "-m", "amst_core"]
 
@@ -64,7 +64,8 @@ class Amst(Contender):
 
     def serve(self, job: Job, servers: Servers) -> None:
         environment = self.environment(job)
-        servers.address = _serve(self._command, servers, str(job.target), environment, _settings(job))
+        root = job.source.parent if job.work is Work.UNPACK else job.target
+        servers.address = _serve(self._command, servers, str(root), environment, _settings(job))
 
     def commands(self, job: Job, servers: Servers) -> Sequence[Sequence[str]]:
         url = f"amst://{servers.address}"
@@ -73,6 +74,9 @@ class Amst(Contender):
             options += ["--streams", str(job.streams)]
         if job.work is Work.MEMORY:
             return [[*self._command, "bench", url, "--size", str(job.size), *options]]
+        if job.work is Work.UNPACK:  # its result comes on stderr, for the data take stdout
+            copy = [*self._command, "cp", *options, f"{url}/{job.source.name}", "-"]
+            return [["sh", "-c", f"{{ {shlex.join(copy)} 2>&3 | {shlex.join(untar(job))}; }} 3>&1"]]
         copy = [*self._command, "cp", *options, "-" if job.work is Work.PIPE else str(job.source), f"{url}/{ARRIVED}"]
         if job.work is Work.PIPE:
             return [["sh", "-c", f"{shlex.join(tar(job))} | {shlex.join(copy)}"]]
@@ -88,7 +92,8 @@ class Amst(Contender):
             or result["encrypted"] is ("--plaintext" in self._flags)
         ):
             raise RunError(f"amst reports {printed[0].strip()[:300]}")
-        if job.work is not Work.PIPE and result["bytes"] != job.size:
+        # a tar is longer than what is in it
+        if job.work not in (Work.PIPE, Work.UNPACK) and result["bytes"] != job.size:
             raise RunError(f"amst moved {result['bytes']} of {job.size} bytes")
         return Outcome(result["bytes"], result["seconds"])
 

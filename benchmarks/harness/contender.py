@@ -24,6 +24,7 @@ class Work(StrEnum):
     FILE = "file"
     TREE = "tree"
     PIPE = "pipe"  # what `tar` writes, into a file
+    UNPACK = "unpack"  # a tar file, into a `tar` that unpacks it
 
 
 @dataclass(frozen=True, slots=True)

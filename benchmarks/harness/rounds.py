@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from . import machine
-from .contender import Contender, Job, Servers, Work
+from .contender import ARRIVED, Contender, Job, Servers, Work
 from .errors import RunError
 from .peers.mbuffer import tar
 from .processes import run_clients
@@ -145,6 +145,11 @@ class Bench:
                 (place / "tree").mkdir()
                 write_file(place / "tree" / "source.bin", workload.size)
                 yield place / "tree"
+            elif workload.work is Work.UNPACK:
+                # what is unpacked is named as anything that arrives
+                write_file(place / ARRIVED, workload.size)
+                subprocess.run(["tar", "-C", str(place), "-cf", str(place / "source.tar"), ARRIVED], check=True)
+                yield place / "source.tar"
             else:
                 yield place
 
@@ -172,6 +177,8 @@ def check_arrived(job: Job) -> None:
     """
     if job.work is Work.FILE:
         command = ["cmp", str(job.source), str(job.arrived)]
+    elif job.work is Work.UNPACK:
+        command = ["cmp", str(job.source.parent / ARRIVED), str(job.arrived)]
     elif job.work is Work.TREE:
         command = ["diff", "--recursive", "--brief", "--no-dereference", str(job.source), str(job.arrived)]
     elif job.work is Work.PIPE:

@@ -57,6 +57,7 @@ def workloads(*, size: int = LARGE, files: int = SMALL_FILES, streams: Sequence[
         _file(size),
         _tree(files),
         _pipe(size),
+        _unpack(size),
     ]
 
 
@@ -120,5 +121,19 @@ def _pipe(size: int) -> Workload:
         0,
         0,
         (Mbuffer(), _ENCRYPTED, _PLAINTEXT),
-        (Line(_ENCRYPTED.name, ("mbuffer",)), Line(_PLAINTEXT.name, ("mbuffer",))),
+        (Line(_ENCRYPTED.name, ("mbuffer",), 0.6), Line(_PLAINTEXT.name, ("mbuffer",))),
+    )
+
+
+def _unpack(size: int) -> Workload:
+    return Workload(
+        "unpack",
+        "pipe",
+        "file → tar through a pipe",
+        Work.UNPACK,
+        size,
+        0,
+        0,
+        (Mbuffer(), _ENCRYPTED, _PLAINTEXT),
+        (Line(_ENCRYPTED.name, ("mbuffer",), 0.6), Line(_PLAINTEXT.name, ("mbuffer",))),
     )

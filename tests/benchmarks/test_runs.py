@@ -148,7 +148,7 @@ def test_a_run_of_cp_is_measured_and_checked(work: Work, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("work", [Work.FILE, Work.TREE, Work.PIPE])
+@pytest.mark.parametrize("work", [Work.FILE, Work.TREE, Work.PIPE, Work.UNPACK])
 def test_one_wrong_byte_is_noticed(work: Work, tmp_path: Path) -> None:
     job = Job(work, MIB, 0, tmp_path / "source", tmp_path / "target", tmp_path)
     job.target.mkdir()
@@ -160,6 +160,10 @@ def test_one_wrong_byte_is_noticed(work: Work, tmp_path: Path) -> None:
         write_tree(job.source, 150)
         victim = job.arrived / "0001" / "49"
         copy = ["cp", "-a", str(job.source), str(job.arrived)]
+    elif work is Work.UNPACK:
+        write_file(tmp_path / "arrived", MIB)
+        victim = job.arrived
+        copy = ["cp", str(tmp_path / "arrived"), str(job.arrived)]
     else:
         write_tree(job.source, 3)
         victim = job.arrived
