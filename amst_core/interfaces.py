@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeAlias
 
-from .errors import BrokenError, ProtocolError
+from .errors import BrokenError, ProtocolError, UnavailableError
 
 API_VERSION: Final = 1
 """Version of this boundary. A plugin object whose ``api_version`` differs is refused by name."""
@@ -137,6 +137,23 @@ class PathStats:
     bytes_waiting: int | None = None
     mss: int | None = None
     congestion: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CongestionInForce:
+    """Which congestion control limits what a lane sends.
+
+    Attributes:
+        asked: the controller that was asked for.
+        algorithm: the one in force by its name in the system, as that reads back; None where there is none to be read.
+        backend: who runs it, ``kernel`` or ``userspace``; None where there is none.
+        reason: why this one; what refused the others.
+    """
+
+    asked: str
+    algorithm: str | None
+    backend: str | None
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +288,17 @@ class Lane(ABC):
 
         The peer gets `BrokenError`, never a clean end.
         """
+
+    def set_congestion(self, algorithm: str) -> str:
+        """Have the system limit what this lane sends by its ``algorithm``, from now on; any thread.
+
+        Returns the name of the one in force, read back. Here there is none.
+
+        Raises:
+            UnavailableError: the system refuses; says why, and what to do. What was in force stays.
+            ClosedError: this side closed or aborted the lane.
+        """
+        raise UnavailableError(f"{self.description}: this kind of lane has no congestion control of the system's")
 
     def path_stats(self) -> PathStats:
         """Statistics of the path, cheap enough for ten calls a second; never raises."""
@@ -464,6 +492,7 @@ class StreamHealth:
     reconnects: int
     consecutive_failures: int
     path: PathStats
+    congestion: CongestionInForce | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,6 +509,7 @@ class SessionMetrics:
     mode: str
     congestion: str | None
     congestion_backend: str | None
+    congestion_reason: str | None
     active_streams: int
     total_streams: int
     failed_connections: int

@@ -25,6 +25,7 @@ def connect(
     require: str | None = None,
     plaintext: bool | None = None,
     verify: bool = True,
+    congestion: str | None = None,
     root: str | os.PathLike[str] | None = None,
     plugins: Plugins | None = None,
 ) -> Opening[Session]:
@@ -47,6 +48,7 @@ def connect(
         require=require,
         plaintext=plaintext,
         verify=verify,
+        congestion=congestion,
         root=root,
         plugins=plugins,
     )

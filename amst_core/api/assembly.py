@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..congestion import CongestionPolicy
 from ..control.handshake import Terms
 from ..engine import Limits
 from ..files.journal import Fsync
@@ -30,7 +31,13 @@ def own_terms(memory: MemoryShare, advertised: tuple[Advertisement, ...] = ()) -
 
 
 def make_core(
-    settings: Settings, memory: MemoryShare, peer_terms: Terms, *, peer: str, is_opener: bool
+    settings: Settings,
+    memory: MemoryShare,
+    peer_terms: Terms,
+    *,
+    peer: str,
+    is_opener: bool,
+    congestion: CongestionPolicy,
 ) -> SessionCore:
     """The core of a session, which closes ``memory`` when it ends."""
     return SessionCore(
@@ -44,6 +51,7 @@ def make_core(
         park_timeout_s=settings.limits.handshake_timeout,
         session_timeout_s=settings.limits.session_timeout,
         fsync=Fsync(settings.files.fsync),
+        congestion=congestion,
     )
 
 

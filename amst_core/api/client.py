@@ -24,6 +24,7 @@ from ..wire.messages import LaneRequest
 from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_policy, peer_limits, session_limits
 from .attempt import Attempt
 from .choice import TransportChoice
+from .congestion import asked_for, make_policy
 from .redial import Redialer
 
 
@@ -37,6 +38,7 @@ def connect(
     require: str | None = None,
     plaintext: bool | None = None,
     verify: bool = True,
+    congestion: str | None = None,
     root: str | os.PathLike[str] | None = None,
     plugins: Plugins | None = None,
     attempt: Attempt | None = None,
@@ -52,13 +54,15 @@ def connect(
         plaintext: whether data travels unencrypted (checked by CRC-32C); the server must allow it.
         verify: False does without that check, in plaintext only. A server that knows no such thing checks all the same
             (see `SessionReport.verified`).
+        congestion: the congestion control asked for, on both sides; by default ``congestion.algorithm``. What the
+            system refuses falls back; `Session.streams` tells which one is in force, and why.
         root: a directory that the server may read and write, as the server's own root is for this side.
         plugins: where transports come from; by default the installed ones.
         attempt: lets another thread give it up.
 
     Raises:
-        UsageError: the address, the number of streams or the transport's name makes no sense, or encrypted data is not
-            to be verified.
+        UsageError: the address, the number of streams, or the name of the transport or congestion control makes no
+            sense, or encrypted data is not to be verified.
         ConnectError: the server cannot be reached, is none, or is full.
         AuthError: there is no token, or the server does not accept it.
         UnavailableError: ``require`` cannot be met.
@@ -75,6 +79,7 @@ def connect(
             require=require,
             plaintext=plaintext,
             verify=verify,
+            congestion=congestion,
             root=root,
             plugins=plugins or Plugins(),
             attempt=attempt,
@@ -91,6 +96,7 @@ def _open(
     require: str | None,
     plaintext: bool | None,
     verify: bool,
+    congestion: str | None,
     root: str | os.PathLike[str] | None,
     plugins: Plugins,
     attempt: Attempt,
@@ -108,6 +114,7 @@ def _open(
     wants_plaintext = settings.security.plaintext if plaintext is None else plaintext
     if not (verify or wants_plaintext):
         raise UsageError("encrypted data is always verified: to verify none, ask for plaintext too (--plaintext)")
+    algorithm = asked_for(plugins, settings, congestion)
     choice = TransportChoice(plugins, settings, endpoint, preferred=transport, required=require)
     token = token if token is not None else find_token()
     if token is None:
@@ -133,12 +140,19 @@ def _open(
         release()
         raise
     try:
-        wish = handshake.Wish(wants_plaintext, count, tuple(choice.order), verify)
+        wish = handshake.Wish(wants_plaintext, count, tuple(choice.order), verify, algorithm)
         memory = make_budget(settings).share()
         agreement = _agree(channel, token=token, wish=wish, terms=own_terms(memory), deadline=deadline)
         name = choice.settle([offer.transport for offer in agreement.peer.transports])
         host, port = channel.remote_address
-        core = make_core(settings, memory, agreement.peer, peer=str(endpoint), is_opener=True)
+        core = make_core(
+            settings,
+            memory,
+            agreement.peer,
+            peer=str(endpoint),
+            is_opener=True,
+            congestion=make_policy(plugins, settings, algorithm),
+        )
     except BaseException:
         channel.close()
         release()

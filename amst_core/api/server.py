@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from ..congestion import AUTO
 from ..control import handshake
 from ..control.channel import ControlChannel
 from ..control.listener import Listener, Newcomer
@@ -33,6 +34,7 @@ from ..settings.values import Settings
 from ..wire.messages import LaneGrant
 from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_policy, session_limits
 from .choice import usable_transports
+from .congestion import asked_for, make_policy
 
 _log = logging.getLogger("amst.api")
 
@@ -101,6 +103,7 @@ class Server:
         self._root: Root | None = None
         if root is not None:
             self._root = Root(root, forbidden=[(held.st_dev, held.st_ino)], partials=partial_policy(settings))
+        self._congestion = asked_for(plugins, settings, None)
         self._transports = usable_transports(self._plugins, settings)
         self._advertised: dict[str, Advertisement] = {}
         self._by_tag: dict[int, Transport] = {}
@@ -314,7 +317,16 @@ class Server:
         self, channel: ControlChannel, agreement: handshake.Agreement, memory: MemoryShare, peer: str
     ) -> Session:
         wish = agreement.wish
-        core = make_core(self._settings, memory, agreement.peer, peer=peer, is_opener=False)
+        core = make_core(
+            self._settings,
+            memory,
+            agreement.peer,
+            peer=peer,
+            is_opener=False,
+            congestion=make_policy(
+                self._plugins, self._settings, self._congestion if self._congestion != AUTO else wish.congestion
+            ),
+        )
         session = Session(
             core,
             channel,

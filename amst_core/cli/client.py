@@ -97,6 +97,7 @@ def _session(
         require=options.require,
         plaintext=True if plaintext else None,
         verify=options.verify == "crc",
+        congestion=options.congestion,
     )
     try:
         with session:

@@ -185,6 +185,10 @@ def _add_client(parser: _Parser) -> None:
         help="most payload per second over all streams, e.g. 10MB/s or 100Mbit/s; 0: no limit; SIGUSR2 lifts it and"
         " sets it again",
     )  # fmt: skip
+    parser.add_argument(
+        "-C", "--congestion", metavar="NAME|auto",
+        help="congestion control on both sides, e.g. bbr or cubic (default: auto, as the path calls for)",
+    )  # fmt: skip
     parser.add_argument("--token-file", metavar="FILE", help="file that holds the server's token")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on standard output")
     _add_common(parser)

@@ -12,6 +12,7 @@ from ..errors import AmstError
 
 if TYPE_CHECKING:
     from .. import Session
+    from ..interfaces import StreamHealth
 
 _SHOWN_FAILURES: Final = 20
 _EXTRA: Final = ("dry_run", "arrived_bytes", "advice")
@@ -56,6 +57,8 @@ class Report:
     reason: str | None = None
     failed: list[Failure] = field(default_factory=list)
     error: Mapping[str, object] | None = None
+    congestion_reason: str | None = None
+    lanes: list[Mapping[str, object]] = field(default_factory=list)
     dry_run: Mapping[str, object] | None = None
     arrived_bytes: int = 0
     advice: str = "run the same command again and it goes on from there"
@@ -69,6 +72,8 @@ class Report:
         self.streams = about.most_streams
         self.congestion = metrics.congestion
         self.congestion_backend = metrics.congestion_backend
+        self.congestion_reason = metrics.congestion_reason
+        self.lanes = [_lane(stream) for stream in metrics.streams]
         self.encrypted = about.encrypted
         self.verified = about.verified
         self.retransmitted_bytes = metrics.retransmitted_bytes
@@ -90,6 +95,28 @@ class Report:
         if self.dry_run is not None:
             values["dry_run"] = self.dry_run
         return values
+
+
+def _lane(stream: StreamHealth) -> dict[str, object]:
+    """What --json tells of one stream: what it moved, its path, and what limits it."""
+    path, congestion = stream.path, stream.congestion
+    return {
+        "id": stream.id,
+        "transport": stream.transport,
+        "healthy": stream.healthy,
+        "bytes_sent": stream.bytes_sent,
+        "bytes_received": stream.bytes_received,
+        "reconnects": stream.reconnects,
+        "rtt_s": path.rtt_s,
+        "min_rtt_s": path.min_rtt_s,
+        "segments_sent": path.segments_sent,
+        "segments_retransmitted": path.segments_retransmitted,
+        "cwnd": path.cwnd,
+        "pacing_rate": path.pacing_rate,
+        "congestion": path.congestion,
+        "congestion_asked": None if congestion is None else congestion.asked,
+        "congestion_reason": None if congestion is None else congestion.reason,
+    }
 
 
 def describe_error(error: AmstError, message: str | None = None) -> dict[str, object]:

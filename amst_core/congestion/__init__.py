@@ -1,10 +1,10 @@
-"""For congestion controllers, and for what drives them: what every one of them counts, and the samples they are fed.
-
-Pure as the controllers are: no clock, no I/O, no thread.
+"""For congestion controllers, and for what drives them: what every one of them counts, the samples they are fed, and
+which of them a lane gets.
 """
 
 from __future__ import annotations
 
 from .account import FlowAccount
+from .policy import AUTO, CongestionPolicy
 
-__all__ = ["FlowAccount"]
+__all__ = ["AUTO", "CongestionPolicy", "FlowAccount"]

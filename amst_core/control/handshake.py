@@ -6,12 +6,14 @@ session secret only after it has verified the other's proof. A refusal is CLOSE(
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
+from ..congestion import AUTO
 from ..errors import AmstError, AuthError, BrokenError, ClosedError, ConnectError, ProtocolError, error_from_kind
 from ..interfaces import Advertisement
 from ..security import keys
@@ -27,20 +29,24 @@ STREAMS: Final = "streams"
 TRANSPORTS: Final = "transports"
 PLAINTEXT: Final = "plaintext"
 VERIFY: Final = "verify"
+CONGESTION: Final = "congestion"
 SESSION: Final = "session"
 EPOCH: Final = "epoch"
 
 SESSION_ID_SIZE: Final = 16
 
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the client asks for in its HELLO: data in plaintext, and lanes at once."""
+    """What the client asks for in its HELLO: data in plaintext, lanes at once, a congestion control for what comes."""
 
     plaintext: bool
     streams: int
     transports: tuple[str, ...]  # in order of preference
     verify: bool = True  # by CRC-32C what travels in plaintext; the rest is verified anyway
+    congestion: str = AUTO  # of what the server sends
 
     @property
     def verified(self) -> bool:
@@ -117,6 +123,7 @@ def connect(channel: ControlChannel, *, token: bytes, wish: Wish, terms: Terms, 
             TRANSPORTS: ",".join(wish.transports),
             PLAINTEXT: wish.plaintext,
             VERIFY: wish.verified,
+            CONGESTION: wish.congestion,
         },
         deadline,
     )
@@ -332,15 +339,18 @@ def _wish(attributes: Mapping[str, AttributeValue]) -> Wish:
     transports = attributes.get(TRANSPORTS, "")
     plaintext = attributes.get(PLAINTEXT, False)
     verify = attributes.get(VERIFY, True)
+    congestion = attributes.get(CONGESTION, AUTO)
     software = attributes.get(SOFTWARE, "")
-    known = (type(streams), type(transports), type(plaintext), type(verify), type(software))
-    if known != (int, str, bool, bool, str):  # a truth value is an int for isinstance
+    known = (type(streams), type(transports), type(plaintext), type(verify), type(congestion), type(software))
+    if known != (int, str, bool, bool, str, str):  # a truth value is an int for isinstance
         raise ProtocolError("HELLO attributes of the wrong type")
     assert isinstance(streams, int) and isinstance(transports, str), "looked at above"
-    assert isinstance(plaintext, bool) and isinstance(verify, bool), "looked at above"
+    assert isinstance(plaintext, bool) and isinstance(verify, bool) and isinstance(congestion, str), "looked at above"
+    if not _NAME.fullmatch(congestion):
+        raise ProtocolError("HELLO asks for a congestion control by what is no name")
     if not 0 <= streams <= 65535:
         raise ProtocolError(f"HELLO asks for {streams} streams")
-    return Wish(plaintext, streams, tuple(filter(None, transports.split(","))), verify)
+    return Wish(plaintext, streams, tuple(filter(None, transports.split(","))), verify, congestion)
 
 
 def _resuming(attributes: Mapping[str, AttributeValue]) -> tuple[str, int] | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
+from ..congestion import CongestionPolicy
 from ..engine import Chunk, Engine, Limits, Placement, Verdict
 from ..engine.events import (
     LaneOvertaken,
@@ -130,10 +131,12 @@ class SessionCore:
         park_timeout_s: float,
         session_timeout_s: float,
         fsync: Fsync,
+        congestion: CongestionPolicy,
     ) -> None:
         self.peer = peer
         self.is_opener = is_opener
         self.fsync = fsync
+        self.congestion = congestion
         self.lock = threading.Lock()
         self.engine = Engine(local=local, peer=remote)
         self.lanes: dict[int, LaneWorker] = {}

@@ -15,7 +15,7 @@ from typing import Final
 from ..engine import Chunk, Placement, Verdict
 from ..errors import AmstError, BrokenError, ProtocolError
 from ..files.source import Descriptor
-from ..interfaces import FileSpan, Lane
+from ..interfaces import CongestionInForce, FileSpan, Lane
 from ..security.seal import BareSealer, FrameOpener, FrameSealer, Protection
 from ..wire.frames import FrameHeader, FrameKind, decode_ack
 from .core import SessionCore
@@ -56,6 +56,7 @@ class LaneWorker:
         self.leaving = False  # our FIN is queued or sent
         self.dead = False
         self.stream: Stream | None = None  # once it has joined
+        self.congestion: CongestionInForce = core.congestion.apply(lane)
         self.bytes_sent = 0
         self.bytes_received = 0
         self.joined_at = time.monotonic()

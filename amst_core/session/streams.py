@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from ..errors import AmstError
-from ..interfaces import PathStats, StreamHealth
+from ..interfaces import CongestionInForce, PathStats, StreamHealth
 
 if TYPE_CHECKING:
     from .lanes import LaneWorker
@@ -21,7 +21,8 @@ class Stream:
     """One stream: the lane that carries it now, and what became of those before."""
 
     __slots__ = (
-        "_failures", "_path", "_received", "_sent", "error", "id", "lane", "last_active", "reconnects", "transport",
+        "_congestion", "_failures", "_path", "_received", "_sent", "error", "id", "lane", "last_active", "reconnects",
+        "transport",
     )  # fmt: skip
 
     def __init__(self, id: int, lane: LaneWorker) -> None:
@@ -35,6 +36,7 @@ class Stream:
         self._received = 0
         self.last_active = lane.joined_at
         self._path = PathStats()
+        self._congestion: CongestionInForce | None = None
 
     def replaced_by(self, lane: LaneWorker) -> None:
         self.lane = lane
@@ -50,6 +52,7 @@ class Stream:
         self._received += lane.bytes_received
         self.last_active = lane.last_active
         self._path = lane.lane.path_stats()
+        self._congestion = lane.congestion
         if error is not None:
             self.error = error
             self._failures = 1 if lane.lived_s >= SETTLED_S else self._failures + 1
@@ -68,6 +71,7 @@ class Stream:
             reconnects=self.reconnects,
             consecutive_failures=0 if lane is not None and lane.lived_s >= SETTLED_S else self._failures,
             path=lane.lane.path_stats() if lane is not None else self._path,
+            congestion=lane.congestion if lane is not None else self._congestion,
         )
 
 

@@ -43,13 +43,16 @@ class Telemetry:
         sent, received = self._totals()
         throughput = self._throughput(now, sent, received)
         congestion = sorted({path.congestion for path in paths if path.congestion})
+        in_force = [stream.congestion for stream in streams if stream.congestion is not None]
+        backends = sorted({one.backend for one in in_force if one.backend is not None})
         return SessionMetrics(
             session_id=self._session_id,
             remote_addr=core.peer,
             transport_type="+".join(sorted({stream.transport for stream in streams})),
             mode=self._mode,
             congestion="+".join(congestion) or None,
-            congestion_backend="kernel" if congestion else None,
+            congestion_backend="+".join(backends) or None,
+            congestion_reason="; or ".join(sorted({one.reason for one in in_force})) or None,
             active_streams=len(live),
             total_streams=core.total_lanes,
             failed_connections=core.failed_connections,

@@ -24,6 +24,7 @@ from ..units import shown
 from .registry import BY_NAME, KEYS, PLUGINS, PREFIX, RELATIONS, Key, variable
 from .values import (
     AmstSettings,
+    CongestionSettings,
     FileSettings,
     LimitSettings,
     ModeSettings,
@@ -470,6 +471,7 @@ def _build(values: Mapping[str, object], plugins: Mapping[str, Mapping[str, obje
         transport=TransportSettings(
             amst=AmstSettings(**section("transport.amst")), modes=ModeSettings(**section("transport.modes"))
         ),
+        congestion=CongestionSettings(**section("congestion")),
         security=SecuritySettings(**section("security")),
         limits=LimitSettings(**section("limits")),
         files=FileSettings(**section("files")),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
+from ..congestion import AUTO
 from ..errors import UsageError
 from ..units import format_duration, format_size, parse_duration, parse_size
 
@@ -32,6 +33,7 @@ _HOUR_S: Final = 3600.0
 _DAY_S: Final = 24 * _HOUR_S
 
 _WHOLE: Final = re.compile(r"\+?[0-9]{1,18}")
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 _WORDS: Final = {
     "true": True, "yes": True, "on": True, "1": True,
     "false": False, "no": False, "off": False, "0": False,
@@ -47,13 +49,14 @@ class Kind(enum.StrEnum):
     DURATION = "duration"
     FLAG = "true or false"
     WORD = "word"
+    NAME = "name"
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """One setting. ``default``, ``low`` and ``high`` (inclusive) are in bytes, seconds or plain numbers.
 
-    A word has ``words`` to choose from instead of bounds.
+    A word has ``words`` to choose from instead of bounds; a name is one of them, or that of a plugin.
     """
 
     name: str
@@ -80,7 +83,7 @@ class Key:
         """What may be written, as one phrase."""
         if self.kind is Kind.FLAG:
             return self.kind.value
-        if self.kind is Kind.WORD:
+        if self.kind in (Kind.WORD, Kind.NAME):
             return self.bounds
         unit = " KiB" if self.kind is Kind.KIB else ""
         what = {Kind.SIZE: "a size", Kind.DURATION: "a duration"}.get(self.kind, "an integer")
@@ -93,6 +96,8 @@ class Key:
             return ""
         if self.kind is Kind.WORD:
             return ", ".join(self.words[:-1]) + " or " + self.words[-1]
+        if self.kind is Kind.NAME:
+            return ", ".join(self.words) + " or the name of a plugin"
         return f"{self.show(self.low)} to {self.show(self.high)}"
 
     def parse(self, value: object) -> Value:
@@ -129,6 +134,8 @@ class Key:
         if self.kind is Kind.WORD:
             word = value.strip().lower() if isinstance(value, str) else None
             return word if word in self.words else None
+        if self.kind is Kind.NAME:
+            return value.strip() if isinstance(value, str) and _NAME.fullmatch(value.strip()) else None
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return None
         if self.kind is Kind.DURATION:
@@ -175,6 +182,9 @@ KEYS: Final = (
     Key("transport.modes.datacenter_streams", Kind.COUNT, 16, low=1, high=512, example="32",
         help="Streams a session starts with in datacenter mode; from `transport.amst.min_streams` to"
              " `transport.amst.max_streams`, and the default moves into that range."),
+    Key("congestion.algorithm", Kind.NAME, AUTO, words=(AUTO,), example="bbr",
+        help="Congestion control of each stream; auto takes it from the path: cubic below a round trip of 10 ms, else"
+             " bbr. What the system refuses falls back to cubic, then to its own, and says so."),
     Key("security.plaintext", Kind.FLAG, False, example="true",
         help="This side asks for plaintext data (checked by CRC-32C) instead of encryption."),
     Key("security.allow_plaintext", Kind.FLAG, False, example="true",

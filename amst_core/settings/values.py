@@ -39,6 +39,13 @@ class TransportSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CongestionSettings:
+    """``congestion.*``: ``algorithm`` is ``auto`` or the name of a plugin."""
+
+    algorithm: str
+
+
+@dataclass(frozen=True, slots=True)
 class SecuritySettings:
     """``security.*``: whether data may travel in plaintext."""
 
@@ -73,6 +80,7 @@ class Settings:
     """Every setting of one manager. ``plugins`` maps a plugin's name to its options, deeply read-only."""
 
     transport: TransportSettings
+    congestion: CongestionSettings
     security: SecuritySettings
     limits: LimitSettings
     files: FileSettings

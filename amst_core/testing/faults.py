@@ -224,6 +224,9 @@ class FaultyLane(Lane):
     def path_stats(self) -> PathStats:
         return self.inner.path_stats()
 
+    def set_congestion(self, algorithm: str) -> str:
+        return self.inner.set_congestion(algorithm)
+
     @property
     def description(self) -> str:
         return self.inner.description

@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Final
 
-from ..errors import AmstError, BrokenError, ClosedError
+from ..errors import AmstError, BrokenError, ClosedError, UnavailableError
 from ..interfaces import HEADER_SIZE, Lane, LaneTimeouts, StreamLane
 from .conformance import PATIENCE_S, SETTLE_S, Call, Conformance, Counted, NotApplicable, Rule, chosen
 from .lane_trial import STEPS, LaneTrial, MakePair, Pace, first_difference, header, pattern
@@ -26,6 +26,7 @@ _COUNTERS: Final = ("bytes_acknowledged", "bytes_received", "segments_sent", "se
                     "bytes_retransmitted")  # fmt: skip
 _NEVER_ZERO: Final = ("rtt_s", "min_rtt_s", "cwnd", "pacing_rate", "delivery_rate", "mss")
 _MANY: Final = 16
+_NO_CONGESTION: Final = "no-such-control"
 
 
 def check_lane_pair(
@@ -593,6 +594,26 @@ def _stats_busy(t: LaneTrial) -> None:
     )
 
 
+def _set_congestion(lane: Lane, algorithm: str) -> str | None:
+    """What is in force then; None where the lane refuses."""
+    try:
+        return lane.set_congestion(algorithm)
+    except UnavailableError:
+        return None
+
+
+def _congestion(t: LaneTrial) -> None:
+    for lane in t.pair():
+        own = t.stats(lane).congestion
+        if own is not None:
+            again = t.call("set_congestion", _set_congestion, lane, own)
+            t.check(again == own, f"{own!r}, which is in force, to be taken and read back", repr(again))
+        taken = t.call("set_congestion", _set_congestion, lane, _NO_CONGESTION)
+        t.check(taken is None, "UnavailableError for a congestion control that no system has", repr(taken))
+        now = t.stats(lane).congestion
+        t.check(now == own, f"{own!r} to stay in force after another was refused", repr(now))
+
+
 def _described(lane: Lane) -> object:
     return lane.description
 
@@ -659,6 +680,8 @@ LANE_RULES: Final[tuple[Rule[LaneTrial], ...]] = (
     Rule("stats-count-inside-a-frame", "byte counters tell progress inside a frame", _stats_inside),
     Rule("stats-unknown-is-none", "what is not known is None and not zero", _stats_unknown),
     Rule("stats-busy-is-not-dead", "bytes_waiting leaves out what the peer has no room for", _stats_busy),
+    Rule("congestion-reads-back", "set_congestion tells what is in force; what is refused leaves that alone",
+         _congestion),
     Rule("description-is-there", "description is text, also after the end", _description),
 )  # fmt: skip
 """In the order in which they are tried: what others rest on comes first."""

@@ -80,6 +80,7 @@ class Net:
         wait: bool = True,
         plugins: Plugins | None = None,
         transport: str | None = None,
+        congestion: str | None = None,
         **overrides: object,
     ) -> Session:
         """A session with ``server``, once all its streams are up."""
@@ -93,6 +94,7 @@ class Net:
             root=root,
             plugins=plugins,
             transport=transport,
+            congestion=congestion,
         )
         self._stack.callback(session.abort)
         if wait and streams is not None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from amst_core.errors import ConfigError
 from amst_core.settings import load
 from amst_core.settings.load import Fault, SettingsError, check_file, load_settings
-from amst_core.settings.registry import BY_NAME, KEYS, Key
+from amst_core.settings.registry import BY_NAME, KEYS, Key, Kind
 from amst_core.settings.values import Settings
 
 INSTALLED = Path(load.__file__).parents[2]
@@ -190,6 +190,8 @@ def test_a_single_fault_is_one_line() -> None:
     "bad", [None, [], [1], {"a": 1}, b"1", "", "x", "-1", -1, float("nan"), 1e300, 10**400, object()]
 )
 def test_no_key_takes_a_value_of_another_type(key: Key, bad: object) -> None:
+    if key.kind is Kind.NAME and bad == "x":
+        return  # it may be the name of a plugin
     (fault,) = faults_of(overrides={key.name: bad})
     assert fault.key == key.name
     assert fault.value is bad

@@ -528,6 +528,12 @@ class CountsWhatThePeerHasNotRead(MemoryLane):
         return replace(super().path_stats(), bytes_waiting=self._outgoing.waiting)
 
 
+@breaks("congestion-reads-back")
+class TakesAnyCongestion(MemoryLane):
+    def set_congestion(self, algorithm: str) -> str:
+        return algorithm
+
+
 @breaks("description-is-there")
 class NobodyAfterTheEnd(MemoryLane):
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import amst_tcp.sysctl
 import amst_tcp.transport
 from amst_core.errors import BrokenError, ConfigError, ConnectError
 from amst_core.interfaces import (
@@ -131,7 +132,7 @@ def test_probe_tells_the_kernels_algorithms(peer: Endpoint | None) -> None:
 
 
 def test_probe_does_without_a_proc_file_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(amst_tcp.transport, "_SYSCTL", tmp_path)
+    monkeypatch.setattr(amst_tcp.sysctl, "_NET", tmp_path)
     candidate = TcpTransport({"send_buffer": 1 << 30}).probe(None)
     assert candidate.usable
     assert candidate.facts == {}
@@ -141,7 +142,7 @@ def test_probe_says_when_the_kernel_will_cut_a_buffer(monkeypatch: pytest.Monkey
     (tmp_path / "core").mkdir()
     (tmp_path / "core/wmem_max").write_text("212992\n")
     (tmp_path / "core/rmem_max").write_text("4194304\n")
-    monkeypatch.setattr(amst_tcp.transport, "_SYSCTL", tmp_path)
+    monkeypatch.setattr(amst_tcp.sysctl, "_NET", tmp_path)
     candidate = TcpTransport({"send_buffer": 1 << 20, "receive_buffer": 1 << 20}).probe(None)
     assert candidate.reason == "send_buffer 1048576 is cut to net.core.wmem_max = 212992"
 

@@ -17,6 +17,7 @@ from typing import Final
 from amst_core.errors import AmstError, BrokenError, BusyError, ClosedError
 from amst_core.interfaces import FileSpan, LaneTimeouts, PathStats, Placer, StreamLane
 
+from .congestion import choose_congestion
 from .dial import address_text
 from .tcpinfo import read_path_stats
 
@@ -208,6 +209,13 @@ class TcpLane(StreamLane):
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
                     self._sock.shutdown(socket.SHUT_RDWR if self._send_gate.locked() else socket.SHUT_RD)
         self._close_if_unused()
+
+    def set_congestion(self, algorithm: str) -> str:
+        """As promised, by TCP_CONGESTION."""
+        with self._guard:
+            if self._closed:
+                raise self._error("closed")
+            return choose_congestion(self._sock, algorithm)
 
     def path_stats(self) -> PathStats:
         with self._guard:

@@ -12,6 +12,8 @@ from typing import Final
 
 from amst_core.interfaces import PathStats
 
+from .congestion import congestion_of
+
 _FIELDS: Final = {
     "flags": (7, struct.Struct("=B")),  # bit 0: delivery_rate_app_limited
     "snd_mss": (16, struct.Struct("=I")),
@@ -43,8 +45,7 @@ def read_path_stats(sock: socket.socket) -> PathStats:
         OSError: the socket is closed.
     """
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ASK_FOR)
-    name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-    return decode_tcp_info(info, congestion=name.partition(b"\0")[0].decode("ascii", "replace") or None)
+    return decode_tcp_info(info, congestion=congestion_of(sock) or None)
 
 
 def decode_tcp_info(info: bytes, *, congestion: str | None) -> PathStats:

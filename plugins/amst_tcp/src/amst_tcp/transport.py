@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import ClassVar, Final
 
 from amst_core.errors import BrokenError, ConfigError, ConnectError
@@ -22,9 +21,9 @@ from amst_core.interfaces import (
 
 from .dial import address_text, dial
 from .lane import SocketOptions, TcpLane
+from .sysctl import sysctl
 
 _MAX_BYTES: Final = (1 << 31) - 1  # the kernel takes these options as a C int
-_SYSCTL: Final = Path("/proc/sys/net")
 _CAPS: Final = {"send_buffer": "core/wmem_max", "receive_buffer": "core/rmem_max"}
 
 
@@ -45,10 +44,10 @@ class TcpTransport(Transport):
     def probe(self, peer: Endpoint | None) -> Candidate:
         """Usable wherever there are sockets; the facts tell the kernel's congestion control algorithms."""
         facts: dict[str, object] = {}
-        available = _sysctl("ipv4/tcp_available_congestion_control")
+        available = sysctl("ipv4/tcp_available_congestion_control")
         if available is not None:
             facts["available_congestion"] = tuple(available.split())
-        default = _sysctl("ipv4/tcp_congestion_control")
+        default = sysctl("ipv4/tcp_congestion_control")
         if default is not None:
             facts["default_congestion"] = default
         return Candidate(self.name, True, "; ".join(self._capped()) or "kernel TCP", score=1.0, facts=facts)
@@ -89,7 +88,7 @@ class TcpTransport(Transport):
         """Buffer sizes that the kernel will cut down without telling."""
         found = []
         for option, cap in _CAPS.items():
-            asked, limit = getattr(self._options, option), _sysctl(cap)
+            asked, limit = getattr(self._options, option), sysctl(cap)
             if limit is not None and asked > int(limit):
                 found.append(f"{option} {asked} is cut to net.{cap.replace('/', '.')} = {limit}")
         return found
@@ -110,10 +109,3 @@ def _checked(options: Mapping[str, object]) -> SocketOptions:
     if faults:
         raise ConfigError("; ".join(faults))
     return SocketOptions(**values)
-
-
-def _sysctl(name: str) -> str | None:
-    try:
-        return (_SYSCTL / name).read_text("ascii").strip()
-    except OSError:
-        return None
