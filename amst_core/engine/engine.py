@@ -62,6 +62,9 @@ ACK_SPANS: Final = 64
 ACK_ENTRIES: Final = 2048
 """Most transfers and spans in one ACK, and transfers in one CREDIT: at 20 bytes each they fit an ACK frame too."""
 
+BUSY_TIMES: Final = 4
+"""So many times later than otherwise is late while there is something else to send."""
+
 MAX_CHANNEL: Final = 255
 """Longest name of a channel, in bytes of UTF-8."""
 
@@ -371,9 +374,10 @@ class Engine:
     def resend_late(self, now: float) -> None:
         """Send the last chunks of a transfer again over other lanes, where their acknowledgement is late.
 
-        Its end thus does not wait for its slowest lane; and that one gets no more until nothing on it is late.
+        Its end thus does not wait for its slowest lane; and that one gets no more until nothing on it is late. While
+        there is something else to send, copies take the path from it: then a chunk must be later still.
         """
-        late_after_s = self._ack_timer.late_after_s
+        late_after_s = self._ack_timer.late_after_s * (BUSY_TIMES if self._flows else 1)
         self._slow &= {
             span.lane for out in self._outgoing.values() for span in out.in_flight.values() if span.copies
         }  # what was late may have been asked for again, given up, or have gone whole over another lane

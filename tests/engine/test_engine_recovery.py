@@ -90,6 +90,18 @@ def test_the_last_chunks_go_again_over_another_lane_when_they_are_late() -> None
     assert engine.next_chunk(2, 0.21) is None
 
 
+def test_while_there_is_something_else_to_send_late_is_four_times_later() -> None:
+    engine, _ = sent_over_two_lanes()
+    other = engine.open(m.MESSAGE, size=50, flow="g")
+    engine.resend_late(0.79)
+    assert span_of(engine.next_chunk(2, 0.79)) == (0, 50)
+    assert engine.next_chunk(2, 0.79) is None, f"that was transfer {other}, and nothing was late"
+    engine.open(m.MESSAGE, size=50, flow="g")
+    engine.resend_late(0.81)
+    assert engine.bytes_retransmitted == 0
+    assert {engine.next_chunk(2, 0.81).again for _ in range(2)} == {True, False}
+
+
 def test_a_copy_may_be_late_too() -> None:
     engine, _ = sent_over_two_lanes()
     engine.resend_late(0.21)
