@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= $(sort $(notdir $(wildcard tests/fuzz/corpus/*)))
 
 # What an editable installation of everything must advertise (tests/plugins checks it).
-export AMST_EXPECT_PLUGINS ?= amst.transport:tcp
+export AMST_EXPECT_PLUGINS ?= amst.transport:tcp,amst.congestion:bbr,amst.congestion:cubic
 
 .DEFAULT_GOAL := help
 .PHONY: help install test lint demo bench budget wheels matrix fuzz clean

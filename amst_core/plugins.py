@@ -45,7 +45,11 @@ _KINDS: Final[Mapping[str, _Kind]] = {
 GROUPS: Final = tuple(_KINDS)
 """The entry-point groups that plugins are found in."""
 
-FIRST_PARTY: Final[Mapping[tuple[str, str], str]] = {("amst.transport", "tcp"): "amst-tcp"}
+FIRST_PARTY: Final[Mapping[tuple[str, str], str]] = {
+    ("amst.transport", "tcp"): "amst-tcp",
+    ("amst.congestion", "bbr"): "amst-cc-bbr",
+    ("amst.congestion", "cubic"): "amst-cc-cubic",
+}
 """Which of this project's own distributions provides which plugin, for the advice in error messages."""
 
 _PREFIX: Final = f"{hookspecs.PROJECT}_"

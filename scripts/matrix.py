@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MINORS = ("3.11", "3.12", "3.13")
-PLUGIN_SETS = ("core", "core-tcp")
+PLUGIN_SETS = ("core", "core-tcp", "core-bbr", "core-cubic", "core-tcp-bbr-cubic")
 
 
 def main() -> int:
@@ -36,8 +36,8 @@ def main() -> int:
         code = subprocess.run([*tox, *sys.argv[1:]], cwd=ROOT, check=False).returncode
     outcome = "passed" if code == 0 else "FAILED, which of them stands above"
     print("\n".join([f"matrix: {outcome}: {', '.join(ready) or 'nothing ran'}", *lacking]))
-    print("NOT RUN in the matrix: tests marked alone (tests/faults, tests/budget and others), tests/hostile and "
-          "tests/testing/test_mutants.py (make test runs them once)")  # fmt: skip
+    print("NOT RUN in the matrix: tests marked alone (tests/faults, tests/budget and others), tests/hostile and mutants "
+          "(make test runs them once); where bbr or cubic is installed, what cannot notice it")  # fmt: skip
     return code
 
 
