@@ -5,6 +5,7 @@ which of them a lane gets.
 from __future__ import annotations
 
 from .account import FlowAccount
+from .delivery import DeliveryRateSampler, Sent
 from .policy import AUTO, CongestionPolicy
 
-__all__ = ["AUTO", "CongestionPolicy", "FlowAccount"]
+__all__ = ["AUTO", "CongestionPolicy", "DeliveryRateSampler", "FlowAccount", "Sent"]
