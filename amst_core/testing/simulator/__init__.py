@@ -6,6 +6,7 @@ docs/congestion-control.md shows it at work and says what it leaves out.
 from __future__ import annotations
 
 from .flow import Flow
+from .fluid import FluidFlow
 from .link import Link
 from .loss import Bernoulli, GilbertElliott, LossModel, Periodic
 from .simulation import Simulation
@@ -14,6 +15,7 @@ from .trace import TraceRecord
 __all__ = [
     "Bernoulli",
     "Flow",
+    "FluidFlow",
     "GilbertElliott",
     "Link",
     "LossModel",
