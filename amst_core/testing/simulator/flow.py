@@ -278,7 +278,7 @@ class Flow:
             idle_at = link.idle_at
             if idle_at > now:
                 waiting = (idle_at - now) * link.rate
-                if waiting + size > link.buffer:
+                if waiting + size > link.room:
                     packet.gone = True
                     packet.departs = packet.ack_at = now
                     self.dropped += size

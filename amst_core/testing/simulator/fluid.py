@@ -14,16 +14,17 @@ from .loss import LossModel
 __all__ = ["FluidFlow"]
 
 _GAIN = 1.2
-"""How much faster than window / round trip an unpaced controller may send, which spreads its portions (Linux: 120 %)."""
+"""How much faster than window / round trip an unpaced controller may send: spreads its portions (Linux: 120 %)."""
 
 
 class FluidFlow:
     """One flow over a path of a fixed round trip, without a bottleneck, that loses one packet now and then.
 
-    For response functions at loss rates of 1e-6 and less, where a round trip is 10^4 to 10^6 packets: the cost is that of
-    ``acks_per_round`` acknowledgements in each round trip, whatever the window. The controller is told of
-    the same things in the same order as by `Flow`; a portion is at least one packet, and windows below ``acks_per_round``
-    packets are acknowledged packet by packet. A loss is told of with the rest of the portion that it was in.
+    For response functions at loss rates of 1e-6 and less, where a round trip is 10^4 to 10^6 packets: the cost is that
+    of ``acks_per_round`` acknowledgements in each round trip, whatever the window. The controller is told of the same
+    things in the same order as by `Flow`; a portion is at least one packet, so that windows below ``acks_per_round``
+    packets are acknowledged packet by packet. A loss is told of with the rest of the portion that it was in. There are
+    no timeouts.
 
     `Periodic` loses at equal distances, which is how the tables of RFC 9438 section 5.1 are derived; other models draw.
 
@@ -36,7 +37,8 @@ class FluidFlow:
         UsageError: a value that makes no sense.
 
     Attributes:
-        now: seconds since the start; ``sent``, ``delivered``, ``lost``, ``in_flight``: bytes, the first the sum of the others.
+        now: seconds since the start.
+        sent, delivered, lost, in_flight: bytes; the first is the sum of the others. What is lost is not sent again.
         losses: how many packets were lost so far.
     """
 

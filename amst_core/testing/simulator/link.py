@@ -12,6 +12,8 @@ from .loss import LossModel
 __all__ = ["Link"]
 
 _UNCHANGED: Final[Any] = object()
+_ROUNDING: Final = 0.01
+"""Bytes by which what waits, which is told from times, may seem too much."""
 
 
 class Link:
@@ -44,7 +46,7 @@ class Link:
         self.rate = 0.0
         self.delay = 0.0
         self.back = 0.0
-        self.buffer = math.inf
+        self.buffer = self.room = math.inf
         self.loss: LossModel | None = None
         self.max_queue = 0.0
         """The most bytes that ever waited."""
@@ -84,6 +86,7 @@ class Link:
             if buffer is not None and not buffer >= 0:
                 raise UsageError(f"link: buffer is {buffer!r}; it is bytes, 0 or more, or None for no limit")
             self.buffer = math.inf if buffer is None else buffer
+            self.room = self.buffer + _ROUNDING
         if rate is not _UNCHANGED or delay is not _UNCHANGED or back is not _UNCHANGED:
             self._retime(old_rate)
         if loss is not _UNCHANGED:

@@ -109,6 +109,17 @@ class Simulation:
                 event = heappushpop(events, (again, self._scheduled, call))
         self.now = until
 
+    def fairness(self, start: float, end: float) -> float:
+        """Jain's index of the flows' goodput between two times: 1 when all are equal, 1/n when one has everything.
+
+        Raises:
+            UsageError: there is no flow, nothing was delivered, or the times are none to ask about.
+        """
+        rates = [flow.goodput(start, end) for flow in self.flows]
+        if not any(rates):
+            raise UsageError(f"simulation: nothing was delivered from {start:g} to {end:g} s")
+        return float(sum(rates) ** 2 / (len(rates) * sum(rate * rate for rate in rates)))
+
     def schedule(self, time: float, call: Callable[[float], float | None]) -> None:
         """Call ``call`` with the time at ``time``, and again at each time that it returns.
 
