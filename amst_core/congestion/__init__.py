@@ -5,7 +5,7 @@ which of them a lane gets.
 from __future__ import annotations
 
 from .account import FlowAccount
-from .delivery import DeliveryRateSampler, Sent
+from .delivery import DeliveryRateSampler, SentPacket
 from .policy import AUTO, CongestionPolicy
 
-__all__ = ["AUTO", "CongestionPolicy", "DeliveryRateSampler", "FlowAccount", "Sent"]
+__all__ = ["AUTO", "CongestionPolicy", "DeliveryRateSampler", "FlowAccount", "SentPacket"]
