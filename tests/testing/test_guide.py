@@ -1,4 +1,4 @@
-"""docs/plugin-guide.md: its examples run with the core alone, and its table is the table of rules and mutants."""
+"""The examples of the guide and of the page on congestion control run with the core alone; the tables are in step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
+import broken_controllers
 import broken_lanes
 import broken_transports
 import pytest
@@ -16,7 +17,8 @@ from leftovers import no_leftovers
 
 from amst_core.testing import rules
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "plugin-guide.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+GUIDE = DOCS / "plugin-guide.md"
 ROW = re.compile(r"^\| `([a-z-]+)` \| (.+?) \| `(\w+)` \|$", re.MULTILINE)
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -27,26 +29,27 @@ def nothing_left() -> Iterator[None]:
         yield
 
 
-def test_the_table_of_rules_is_in_step_with_the_code() -> None:
-    mutants = {**broken_transports.MUTANTS, **broken_lanes.MUTANTS}
+def test_the_tables_of_rules_are_in_step_with_the_code() -> None:
+    mutants = {**broken_transports.MUTANTS, **broken_lanes.MUTANTS, **broken_controllers.MUTANTS}
     assert ROW.findall(GUIDE.read_text()) == [
         (name, promise, mutants[name].__name__) for name, promise in rules().items()
     ]
 
 
+@pytest.mark.parametrize("page", [GUIDE, DOCS / "congestion-control.md"], ids=lambda page: page.stem)
 def test_the_examples_run_and_print_what_the_page_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AMST_STATE_DIR", str(tmp_path / "state"))
     for name in ("AMST_TOKEN", "AMST_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    for number, source in enumerate(BLOCK.findall(GUIDE.read_text()), 1):
-        exec(compile(source, f"{GUIDE.name}, example {number}", "exec"), namespace)
-    assert f"\n```\n{capsys.readouterr().out}```\n" in GUIDE.read_text()
+    for number, source in enumerate(BLOCK.findall(page.read_text()), 1):
+        exec(compile(source, f"{page.name}, example {number}", "exec"), namespace)
+    assert f"\n```\n{capsys.readouterr().out}```\n" in page.read_text()
     tests = [thing for name, thing in namespace.items() if name.startswith("test_")]
-    assert tests
+    assert bool(tests) == (page == GUIDE)
     for test in tests:
         cast(Callable[[], None], test)()
 

@@ -132,6 +132,7 @@ class Flow:
         self._last_ack_at = 0.0
         self._ack_armed: float | None = None
         self._send_armed: float | None = None
+        self._sending_on_time = False
         self._timer_armed: float | None = None
         self._reorder_armed: float | None = None
         self._stopped = False
@@ -225,12 +226,17 @@ class Flow:
         """Try to send at ``time``, unless that is going to happen before."""
         if self._send_armed is None or self._send_armed > time:
             self._send_armed = time
-            self._simulation.schedule(time, self._on_time_to_send)
+            if not self._sending_on_time:
+                self._simulation.schedule(time, self._on_time_to_send)
 
-    def _on_time_to_send(self, now: float) -> None:
-        if self._send_armed == now:
-            self._send_armed = None
-            self._send(now)
+    def _on_time_to_send(self, now: float) -> float | None:
+        if self._send_armed != now:
+            return None
+        self._send_armed = None
+        self._sending_on_time = True
+        self._send(now)
+        self._sending_on_time = False
+        return self._send_armed
 
     def _send(self, now: float) -> None:
         """Send what window, pacing and the application allow."""
@@ -328,7 +334,7 @@ class Flow:
 
     # ---- acknowledgements -------------------------------------------------------------------------------------
 
-    def _arm_ack(self) -> float | None:
+    def _arm_ack(self) -> None:
         """Put aside what is gone at the front, and have the first acknowledgement after it heard of."""
         pipe = self._pipe
         while pipe:
@@ -336,12 +342,11 @@ class Flow:
             if not packet.gone:
                 self._ack_armed = packet.ack_at
                 self._simulation.schedule(packet.ack_at, self._on_ack)
-                return None
+                return
             pipe.popleft()
             if not packet.given_up:
                 self._missing.append(packet)
         self._ack_armed = None
-        return None
 
     def _on_ack(self, now: float) -> float | None:
         if now != self._ack_armed:
