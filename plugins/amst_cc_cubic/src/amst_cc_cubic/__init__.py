@@ -1,0 +1,1 @@
+"""CUBIC congestion control for AMST. The core finds it by its entry point; ``controller.py`` holds the controller."""
