@@ -87,15 +87,31 @@ def test_the_target_is_at_most_half_a_window_away(sender: Callable[..., Any]) ->
     assert flow.controller.window == 7500
 
 
-def test_the_window_does_not_fall_to_a_target_below_it(sender: Callable[..., Any]) -> None:
-    """Reno has carried the window past the cubic function, and is turned off by nothing but its own curve."""
-    flow = after_a_loss(sender, 20, rtt=0.001)
-    windows = []
-    for _ in range(3000):
-        flow.round()
-        windows.append(flow.controller.window)
-    assert all(later >= earlier for earlier, later in pairwise(windows))
-    assert flow.state("w_max") == 20 * MSS < windows[-1]
+@pytest.mark.parametrize("reno_friendly", [True, False])
+def test_the_window_does_not_fall_to_a_target_below_it(sender: Callable[..., Any], reno_friendly: bool) -> None:
+    """The target is a round trip ahead: when round trips become shorter, it comes back."""
+    for segments in (10, 30, 100, 1000):
+        flow = after_a_loss(sender, segments, rtt=2.0, reno_friendly=reno_friendly)
+        windows = []
+        for _ in range(4):
+            flow.round(acks=8)
+            windows.append(flow.controller.window)
+        for _ in range(100):
+            flow.round(acks=8, rtt=0.01)
+            windows.append(flow.controller.window)
+        assert all(later >= earlier for earlier, later in pairwise(windows))
+
+
+@pytest.mark.parametrize("rtt", [0.1, 0.5])
+def test_a_window_acknowledged_at_once_moves_as_its_segments_would_one_by_one(
+    sender: Callable[..., Any], rtt: float
+) -> None:
+    single, together = (after_a_loss(sender, 1000, rtt=rtt, reno_friendly=False) for _ in range(2))
+    for _ in range(2):
+        single.round(acks=1000)
+        together.round(acks=1)
+    assert together.segments > 710
+    assert together.segments - 700 == pytest.approx(single.segments - 700, rel=0.05)
 
 
 def test_in_the_reno_friendly_region_a_round_trip_brings_alpha_then_one(sender: Callable[..., Any]) -> None:
@@ -107,6 +123,8 @@ def test_in_the_reno_friendly_region_a_round_trip_brings_alpha_then_one(sender: 
         flow.round()
         assert flow.controller.state()["region"] == "reno_friendly"
         steps.append((before, flow.segments - before))
+    (across,) = [(40 - before, step) for before, step in steps if before < 40 <= before + step]
+    assert across[1] == pytest.approx(across[0] + (1 - across[0] / ALPHA), abs=1.1 / MSS)
     below = [step for before, step in steps if before + step < 40]
     above = [step for before, step in steps if before >= 40]
     assert len(below) > 20 and len(above) >= 4
@@ -164,6 +182,18 @@ def test_pacing_is_twice_the_window_in_slow_start_and_a_fifth_more_afterwards(se
     unpaced = sender(pacing=False)
     unpaced.round()
     assert unpaced.controller.pacing_rate is None
+
+
+def test_pacing_slackens_at_half_of_ssthresh(sender: Callable[..., Any]) -> None:
+    flow = sender()
+    flow.grow_to(100)
+    flow.lose(persistent=True)
+    assert flow.state("ssthresh") == 70 * MSS
+    gains = []
+    for _ in range(6):
+        flow.round()
+        gains.append((flow.segments, round(flow.controller.pacing_rate * 0.1 / flow.controller.window, 6)))
+    assert gains == [(2, 2.0), (4, 2.0), (8, 2.0), (16, 2.0), (32, 2.0), (64, 1.2)]
 
 
 def test_the_round_trip_is_smoothed_by_an_eighth(sender: Callable[..., Any]) -> None:

@@ -63,6 +63,17 @@ def test_fast_convergence_leaves_a_window_alone_that_outgrew_the_last(sender: Ca
     assert flow.state("w_max") == pytest.approx(before, abs=1)
 
 
+def test_a_reduction_begins_a_stage_of_its_own(sender: Callable[..., Any]) -> None:
+    flow = steady(sender)
+    assert flow.state("t") > 0.5
+    flow.lose()
+    assert "t" not in flow.controller.state()
+    after = flow.controller.window
+    flow.round()
+    assert flow.state("t") == 0
+    assert flow.state("k") == pytest.approx(((flow.state("w_max") - after) / MSS / 0.4) ** (1 / 3), rel=1e-6)
+
+
 def test_a_round_trip_has_one_reduction(sender: Callable[..., Any]) -> None:
     flow = steady(sender)
     before = flow.controller.window
@@ -106,6 +117,22 @@ def test_the_reduction_is_of_what_was_in_flight(sender: Callable[..., Any]) -> N
     flow.lose(flight=100 * MSS)
     assert flow.controller.window == flow.state("ssthresh") == 70 * MSS
     assert flow.state("w_max") == 1000 * MSS
+
+
+def test_what_was_in_flight_a_round_trip_ago_still_counts(sender: Callable[..., Any]) -> None:
+    """The flight that is being acknowledged, not the one that has just begun."""
+    flow = sender()
+    flow.grow_to(1000)
+    flow.round()  # slow start makes it 2000
+    flow.round()
+    window, sent_at = flow.controller.window, flow.now
+    flow.send(window)
+    flow.now += 0.1
+    flow.ack(window - 10 * MSS, sent_at=sent_at, in_flight=10 * MSS, round_start=True)
+    grown = flow.controller.window
+    flow.controller.on_loss(now=flow.now, sent_at=sent_at, lost=MSS, in_flight=9 * MSS, persistent=False)
+    assert grown > 1.9 * window
+    assert flow.controller.window == pytest.approx(0.7 * window, abs=1)
 
 
 def test_how_acknowledgements_are_gathered_does_not_change_the_reduction(sender: Callable[..., Any]) -> None:
@@ -193,6 +220,16 @@ def test_a_timeout_in_recovery_is_the_same_congestion_event(sender: Callable[...
     ssthresh = flow.state("ssthresh")
     flow.controller.on_loss(now=flow.now + 1, sent_at=sent_at, lost=MSS, in_flight=0, persistent=True)
     assert (flow.controller.window, flow.state("ssthresh")) == (MSS, ssthresh)
+
+
+def test_a_timeout_for_what_left_long_ago_ends_the_stage_too(sender: Callable[..., Any]) -> None:
+    flow = steady(sender)
+    ssthresh = flow.state("ssthresh")
+    flow.controller.on_loss(now=flow.now, sent_at=0.0, lost=MSS, in_flight=0, persistent=True)
+    assert (flow.controller.window, flow.state("ssthresh")) == (MSS, ssthresh)
+    while flow.mode() != "congestion_avoidance":
+        flow.round()
+    assert (flow.state("k"), flow.state("w_max"), flow.state("t")) == (0, ssthresh, 0)
 
 
 # ---- spurious losses ----------------------------------------------------------------------------------

@@ -132,7 +132,6 @@ class CubicController(CongestionController):
         self._timed_out = False
         if sample.round_start:
             self._last_peak, self._peak = self._peak, 0
-        self._peak = max(self._peak, sample.prior_in_flight)
         used = self._window_was_used(sample)
         if used and self._seen is not None:
             self._active += max(0.0, sample.now - self._seen)
@@ -157,7 +156,6 @@ class CubicController(CongestionController):
 
     def on_loss(self, *, now: float, sent_at: float, lost: int, in_flight: int, persistent: bool) -> None:
         self._account.on_loss(lost, in_flight)
-        self._peak = max(self._peak, in_flight + lost)
         if sent_at >= self._reacted_at and not (persistent and self._timed_out):
             self._reduce(now, least=2 * self._mss)
         if persistent:
