@@ -251,7 +251,7 @@ def test_exactly_the_expected_plugins_are_installed():
     wanted = os.environ.get("AMST_EXPECT_PLUGINS")
     if wanted is None:
         pytest.skip("AMST_EXPECT_PLUGINS is not set: nothing says what this environment should hold")
-    assert [f"{p.group}:{p.name}" for p in installed()] == sorted(filter(None, wanted.split(",")))
+    assert sorted(f"{p.group}:{p.name}" for p in installed()) == sorted(filter(None, wanted.split(",")))
 
 
 def test_every_installed_plugin_passes_its_check():
