@@ -3,12 +3,12 @@
     python benchmarks/congestion/cubic.py [--quick]
 
 The tables are of a deterministic model: of every 1/P packets one is lost, and each loss finds the window where the last
-one did. They are ``max(CUBIC's formula, Reno's 1.2/√P)``, without fast convergence, which would have each loss change the
-next plateau. A flow gets to that steady state slowly: at a window that is e above it, the loss comes e-proportionally
-before the plateau, where the cubic function is flat, so that a loss brings it nearer by the order of e³ only. After an
-ordinary slow start, which ends far above, hundreds of losses pass until the average is within 10 %. The rows are therefore
-measured from where the model says that losses happen, and the steady state is shown to be one by `approach`: flows from
-above and from below come to it.
+one did. They are ``max(CUBIC's formula, Reno's 1.2/√P)``, without fast convergence, with which each loss would change the
+next plateau. A flow comes to that steady state slowly. When its window is e too large, a loss comes before the plateau by
+a time of the order of e; the cubic function is flat there, so that the window of the next loss is nearer by the order of
+e³ only. After an ordinary slow start, which ends far above, hundreds of losses pass until the average is within 10 %. So
+`response` measures from where the model says that losses happen, and `approach` shows that this is the steady state:
+flows from above and from below come to it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Response:
 class Approach:
     """How near flows come to the published average: ratios over the last ``losses``/10 losses of ``losses``.
 
-    ``above``: from 1.5 × where the model says that losses happen; ``below``: from half of it; ``fast_convergence``: from
-    above, with fast convergence, which the model leaves out.
+    ``above``: from 1.5 × where the model says that losses happen; ``below``: from half of it; ``fast_convergence``:
+    from above, with fast convergence, which the model leaves out.
     """
 
     loss_rate: float
@@ -84,7 +84,7 @@ def average_window(loss_rate: float, rtt_s: float) -> float:
 
 
 def window_at_loss(loss_rate: float, rtt_s: float) -> float:
-    """Where the model's losses happen: the average of the cubic function from β to 1 is (3 + β)/4, of a line (1 + β)/2."""
+    """Where the model's losses happen: the cubic function from β to 1 is (3 + β)/4 on the average, a line (1 + β)/2."""
     cubic, reno = _cubic(loss_rate, rtt_s), _reno(loss_rate)
     return cubic * 4 / (3 + BETA) if cubic > reno else reno * 2 / (1 + BETA)
 

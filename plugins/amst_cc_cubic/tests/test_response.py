@@ -1,12 +1,12 @@
-"""On simulated paths: RFC 9438's average windows, and what slow start costs. benchmarks/congestion has the whole tables."""
+"""On simulated paths: RFC 9438's average windows, and what slow start costs. All cells: benchmarks/congestion."""
 
 from __future__ import annotations
 
 import pytest
+from congestion.cubic import PUBLISHED, approach, average_window, response
 
 from amst_cc_cubic.controller import CubicController
 from amst_core.testing.simulator import Link, Simulation
-from congestion.cubic import PUBLISHED, approach, average_window, response
 
 
 @pytest.mark.parametrize("rtt_s", PUBLISHED)
