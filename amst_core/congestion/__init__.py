@@ -7,5 +7,14 @@ from __future__ import annotations
 from .account import FlowAccount
 from .delivery import DeliveryRateSampler, SentPacket
 from .policy import AUTO, CongestionPolicy
+from .windowed import WindowedMax, WindowedMin
 
-__all__ = ["AUTO", "CongestionPolicy", "DeliveryRateSampler", "FlowAccount", "SentPacket"]
+__all__ = [
+    "AUTO",
+    "CongestionPolicy",
+    "DeliveryRateSampler",
+    "FlowAccount",
+    "SentPacket",
+    "WindowedMax",
+    "WindowedMin",
+]
