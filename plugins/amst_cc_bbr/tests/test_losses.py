@@ -1,0 +1,245 @@
+"""What losses do, and what they do not: recovery, timeouts, losses that were none, policers."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def test_an_isolated_loss_changes_neither_the_model_nor_the_pacing_rate(feed):
+    feed.cruise()
+    rate, before = feed.cc.pacing_rate, dict(feed.cc.state())
+    feed.lose()
+    feed.ack(lost=feed.MSS)
+    after = feed.cc.state()
+    assert feed.cc.pacing_rate == rate
+    for name in ("mode", "btl_bw", "min_rtt", "pacing_gain", "cwnd_gain", "full_bw_reached"):
+        assert after[name] == before[name]
+
+
+def test_for_a_round_trip_as_much_may_be_sent_as_arrives(feed):
+    feed.cruise()
+    feed.lose(1000, in_flight=90_000)
+    feed.ack(2000, lost=1000, in_flight=88_000)
+    assert feed.cc.window == 90_000
+    for left in (90_000, 90_000, 90_000):
+        feed.ack(1000, in_flight=left - 1000)
+        assert feed.cc.window == 90_000
+    assert feed["packet_conservation"] == 1
+
+
+def test_after_that_round_trip_the_window_grows_by_what_is_acknowledged_less_what_is_lost(feed):
+    feed.cruise()
+    entered = feed.now
+    feed.lose(1000, in_flight=90_000)
+    feed.ack(2000, lost=1000, in_flight=88_000)
+    feed.round(sent_at=entered - 0.01)
+    window = feed.cc.window
+    feed.ack(3000, sent_at=entered - 0.01)
+    assert feed.cc.window == window + 3000
+    feed.ack(3000, lost=2000, sent_at=entered - 0.01)
+    assert feed.cc.window == window + 3000 - 2000 + 3000
+
+
+def test_what_was_sent_after_the_loss_brings_the_window_of_before_back(feed):
+    feed.cruise()
+    before, entered = feed.cc.window, feed.now
+    feed.lose(1000, in_flight=90_000)
+    feed.ack(2000, lost=1000, in_flight=88_000)
+    assert (feed["recovery"], feed.cc.window) == ("recovery", 90_000)
+    feed.ack(after=0.1, sent_at=entered - 1e-6)
+    assert feed["recovery"] == "recovery"
+    feed.ack(sent_at=entered)
+    assert (feed["recovery"], feed["packet_conservation"]) == ("open", 0)
+    assert before <= feed.cc.window <= before + feed.MSS
+
+
+def test_more_losses_of_what_had_left_before_are_the_same_event(feed):
+    feed.cruise()
+    before, entered = feed.cc.window, feed.now
+    feed.lose()
+    feed.ack(lost=feed.MSS)
+    feed.now += 0.05
+    feed.lose(sent_at=entered - 0.01)
+    feed.ack(lost=feed.MSS)
+    feed.ack(sent_at=entered + 0.01, after=0.1)
+    assert feed["recovery"] == "open"
+    assert before <= feed.cc.window <= before + feed.MSS
+
+
+def test_losses_round_after_round_do_not_conserve_again(feed):
+    """As in Linux: only the first round trip of a recovery, which losses of new data prolong."""
+    feed.cruise()
+    feed.lose()
+    feed.ack(lost=feed.MSS)
+    assert feed["packet_conservation"] == 1
+    for _ in range(8):
+        feed.now += 0.1
+        feed.lose(sent_at=feed.now - 0.05)
+        feed.round(lost=feed.MSS, acked=20_000, after=0)
+        assert feed["packet_conservation"] == 0
+        assert feed["recovery"] == "recovery"
+    assert feed.cc.window >= 2 * feed.BDP
+
+
+def test_an_acknowledgement_of_nothing_new_leaves_the_window(feed):
+    feed.cruise()
+    before = feed.cc.window
+    feed.lose()
+    feed.ack(0, lost=feed.MSS, rate=None, rtt=None)
+    assert feed.cc.window == before
+
+
+def test_the_window_is_never_less_than_a_segment(feed):
+    feed.ack()
+    feed.lose(10_000, in_flight=0)
+    feed.ack(10, lost=10_000, in_flight=0)
+    assert feed.cc.window == feed.MSS
+
+
+def test_a_timeout_leaves_one_segment_more_than_is_in_flight(feed):
+    feed.cruise()
+    rate = feed.cc.pacing_rate
+    feed.lose(feed.BDP, in_flight=0, persistent=True)
+    assert feed.cc.window == feed.MSS
+    assert feed["recovery"] == "timeout"
+    assert (feed.cc.pacing_rate, feed["btl_bw"]) == (rate, feed.RATE)
+
+
+def test_after_a_timeout_the_window_grows_from_four_segments_and_comes_back(feed):
+    feed.cruise()
+    before, timeout = feed.cc.window, feed.now
+    feed.lose(feed.BDP, in_flight=0, persistent=True)
+    feed.ack(sent_at=timeout - 0.01, in_flight=0)
+    assert feed.cc.window == 4 * feed.MSS
+    feed.ack(2000, sent_at=timeout - 0.01, in_flight=0)
+    assert feed.cc.window == 6 * feed.MSS
+    feed.ack(sent_at=timeout, after=0.1, in_flight=0)
+    assert (feed["recovery"], feed.cc.window) == ("open", before)
+
+
+def test_a_timeout_in_startup_begins_the_count_of_full_rounds_anew(feed):
+    feed.round()
+    feed.round()
+    feed.round()
+    assert feed["full_bw_count"] == 2
+    feed.lose(10_000, in_flight=0, persistent=True)
+    feed.round()
+    assert (feed.mode, feed["full_bw_count"]) == ("startup", 0)
+
+
+def test_two_timeouts_in_a_row_remember_the_window_of_before_the_first(feed):
+    feed.cruise()
+    before = feed.cc.window
+    for _ in range(3):
+        feed.lose(1000, in_flight=0, persistent=True)
+        feed.now += 1
+    feed.ack(sent_at=feed.now, in_flight=0)
+    assert feed.cc.window == before
+
+
+def test_a_loss_that_was_none_gives_the_window_back_at_once(feed):
+    feed.cruise()
+    before = feed.cc.window
+    feed.lose(1000, in_flight=50_000)
+    feed.ack(lost=1000, in_flight=50_000)
+    assert feed.cc.window == 51_000
+    feed.cc.on_spurious_loss(now=feed.now)
+    assert (feed.cc.window, feed["recovery"], feed["packet_conservation"]) == (before, "open", 0)
+
+
+def test_a_timeout_that_was_none_gives_the_window_back_at_once(feed):
+    feed.cruise()
+    before = feed.cc.window
+    feed.lose(feed.BDP, in_flight=0, persistent=True)
+    feed.cc.on_spurious_loss(now=feed.now)
+    assert feed.cc.window == before
+
+
+def test_a_loss_that_was_none_widens_nothing_in_probe_rtt(feed):
+    feed.probe_rtt()
+    feed.lose()
+    feed.cc.on_spurious_loss(now=feed.now)
+    assert feed.cc.window == 4 * feed.MSS
+
+
+def test_a_loss_in_probe_rtt_does_not_keep_it_from_ending(feed):
+    feed.probe_rtt()
+    feed.ack(in_flight=4 * feed.MSS)
+    feed.lose(in_flight=3 * feed.MSS)
+    for _ in range(3):
+        feed.round(lost=0, in_flight=3 * feed.MSS, after=0.11, sent_at=feed.now)
+    assert feed.mode == "probe_bw"
+    assert feed.cc.window >= 2 * feed.BDP
+
+
+# ---- policers -----------------------------------------------------------------------------
+
+
+def lossy_rounds(feed, rounds, *, rate, loss, acked=10_000):
+    """Rounds of 100 ms in which ``rate`` is delivered and ``loss`` of what was sent is lost."""
+    lost = round(acked * loss / (1 - loss))
+    for _ in range(rounds):
+        for part in range(10):
+            feed.lose(lost, sent_at=feed.now)
+            more = {"prior_delivered": feed.delivered} if part == 0 else {}
+            feed.ack(acked, after=acked / rate, rate=rate, lost=lost, **more)
+
+
+def policed(feed):
+    feed.cruise()
+    lossy_rounds(feed, 12, rate=5e5, loss=0.3)
+    assert feed["lt_use_bw"] == 1
+
+
+def test_two_intervals_with_much_loss_and_one_rate_are_a_policer(feed):
+    policed(feed)
+    assert feed["lt_bw"] == pytest.approx(5e5, rel=0.05)
+    assert feed.cc.pacing_rate == pytest.approx(0.99 * feed["lt_bw"])
+    assert feed["pacing_gain"] == 1
+
+
+def test_its_rate_is_kept_without_probing_for_48_rounds(feed):
+    policed(feed)
+    rounds = feed["round_count"]
+    while feed["lt_use_bw"]:
+        assert feed["pacing_gain"] == 1
+        feed.round(in_flight=2 * feed.BDP)
+    assert feed["round_count"] - rounds == pytest.approx(48, abs=8)
+    assert feed.mode == "probe_bw"
+
+
+def test_it_can_be_switched_off(feeds):
+    feed = feeds(long_term_bandwidth=False)
+    feed.cruise()
+    lossy_rounds(feed, 40, rate=5e5, loss=0.3)
+    assert feed["lt_use_bw"] == 0
+    assert "lt_bw" not in feed.cc.state()
+
+
+@pytest.mark.parametrize(("loss", "policer"), [(0.10, 0), (0.15, 0), (0.17, 1), (0.25, 1)])
+def test_a_policer_loses_50_for_256_delivered_that_is_16_percent(feed, loss, policer):
+    feed.cruise()
+    lossy_rounds(feed, 30, rate=5e5, loss=loss)
+    assert feed["lt_use_bw"] == policer
+
+
+def test_intervals_that_disagree_are_no_policer(feed):
+    feed.cruise()
+    for step in range(12):
+        lossy_rounds(feed, 4, rate=5e5 * (1 + step % 2), loss=0.3)
+        assert feed["lt_use_bw"] == 0
+    assert feed["lt_bw"] > 0
+
+
+def test_an_application_that_runs_out_begins_the_interval_anew(feed):
+    feed.cruise()
+    for _ in range(20):
+        lossy_rounds(feed, 3, rate=5e5, loss=0.3)
+        feed.ack(app_limited=True)
+    assert feed["lt_use_bw"] == 0
+
+
+def test_a_loss_that_was_none_ends_the_suspicion(feed):
+    policed(feed)
+    feed.cc.on_spurious_loss(now=feed.now)
+    assert feed["lt_use_bw"] == 0
