@@ -53,17 +53,33 @@ def test_what_was_sent_after_the_loss_brings_the_window_of_before_back(feed):
     assert before <= feed.cc.window <= before + feed.MSS
 
 
-def test_more_losses_of_what_had_left_before_are_the_same_event(feed):
+def test_more_losses_prolong_a_recovery_and_begin_none(feed):
     feed.cruise()
     before, entered = feed.cc.window, feed.now
-    feed.lose()
-    feed.ack(lost=feed.MSS)
+    feed.lose(in_flight=90_000)
+    feed.ack(lost=feed.MSS, in_flight=89_000)
     feed.now += 0.05
-    feed.lose(sent_at=entered - 0.01)
-    feed.ack(lost=feed.MSS)
-    feed.ack(sent_at=entered + 0.01, after=0.1)
+    feed.lose(sent_at=entered - 0.01, in_flight=88_000)
+    feed.ack(lost=feed.MSS, in_flight=87_000)
+    feed.ack(sent_at=entered + 0.01, after=0.06, in_flight=87_000)
+    assert feed["recovery"] == "recovery", "what was lost last has not been sent again and acknowledged"
+    feed.ack(sent_at=entered + 0.06, after=0.05)
     assert feed["recovery"] == "open"
     assert before <= feed.cc.window <= before + feed.MSS
+
+
+def test_a_late_loss_of_what_had_left_before_begins_no_recovery(feed):
+    feed.cruise()
+    entered = feed.now
+    feed.lose()
+    feed.ack(lost=feed.MSS)
+    feed.ack(sent_at=entered, after=0.1)
+    feed.lose(sent_at=entered - 0.001)
+    feed.ack(lost=feed.MSS)
+    assert (feed["recovery"], feed["packet_conservation"]) == ("open", 0)
+    feed.lose(sent_at=entered)
+    feed.ack(lost=feed.MSS)
+    assert (feed["recovery"], feed["packet_conservation"]) == ("recovery", 1)
 
 
 def test_losses_round_after_round_do_not_conserve_again(feed):

@@ -170,10 +170,13 @@ class BbrController(CongestionController):
     def on_loss(self, *, now: float, sent_at: float, lost: int, in_flight: int, persistent: bool) -> None:
         """A loss changes neither the model nor the pacing rate, and the window for a while only.
 
-        The first of a round trip begins a recovery. With the next acknowledgement the window shrinks to what is in
-        flight and what was acknowledged; for a round trip as much may be sent as arrives (packet conservation). After
-        that the window grows by what is acknowledged, less what is lost, up to its target, and when something that
-        was sent after the loss arrives, the window of before is back.
+        The first loss of what was sent after the last recovery had begun begins another. With the next acknowledgement
+        the window shrinks to what is in flight and what was acknowledged; for a round trip as much may be sent as
+        arrives (packet conservation). After that the window grows by what is acknowledged, less what is lost, up to
+        its target. When something arrives that was sent after the recovery's last loss, the window of before is back.
+
+        So a path that loses in every round trip conserves packets in the first of them only: Linux leaves a recovery
+        when all that was lost has been sent again and acknowledged, and finds itself in the next at once.
 
         ``persistent`` sets the window to one segment more than is in flight, and has Startup look anew for growth.
         """
@@ -187,6 +190,8 @@ class BbrController(CongestionController):
             self._round_start = True
             self._sample_long_term(now, lost=lost, app_limited=False)
             self._cwnd = in_flight + self._mss
+        elif self._recovery is _Recovery.RECOVERY:
+            self._reacted_at = now
         elif sent_at >= self._reacted_at:
             self._save_cwnd()
             self._recovery = _Recovery.RECOVERY
