@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -136,3 +138,12 @@ def test_whatever_it_is_told_there_is_a_window_and_a_rate(events, mss):
         assert controller.window >= mss
         assert 0 < controller.pacing_rate < math.inf
         assert all(isinstance(value, (int, float, str)) for value in controller.state().values())
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    readme = Path(__file__).parents[1] / "README.md"
+    (source,) = re.findall(r"^```python\n(.*?)^```", readme.read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(source, str(readme), "exec"), {})
+    words = capsys.readouterr().out.split()
+    assert float(words[0]) > 90
+    assert words[-1] == "probe_bw"

@@ -1,0 +1,1 @@
+"""Congestion controllers in the simulator, against what was published of them: rows and series for the report."""
