@@ -232,15 +232,15 @@ def _mbit(rate: float) -> str:
     return f"{rate * 8 / 1e6:.1f}"
 
 
-def _print_loss(losses: Sequence[float], seconds: float) -> None:
-    print("| controller | loss | goodput, Mbit/s: median | least | most | limit | median / limit |")
+def _print_loss(losses: Sequence[float], seconds: float, seeds: Sequence[int]) -> None:
+    print("\n| controller | loss | goodput, Mbit/s: median | least | most | limit | median / limit |")
     print("|---|---|---|---|---|---|---|")
-    rows = goodput_against_loss({"bbr": bbr}, losses, seconds=seconds)
-    policed = [loss for loss in losses if loss >= POLICED]
-    rows += goodput_against_loss({"bbr, no lt_bw": bbr_without_policer}, policed, seconds=seconds)
-    for row in rows:
+    makes = [("bbr", bbr, loss) for loss in losses]
+    makes += [("bbr, no lt_bw", bbr_without_policer, loss) for loss in losses if loss >= POLICED]
+    for name, make, loss in makes:
+        (row,) = goodput_against_loss({name: make}, [loss], seconds=seconds, seeds=seeds)
         numbers = " | ".join(_mbit(rate) for rate in (row.median, row.least, row.most, row.limit))
-        print(f"| {row.controller} | {row.loss:.3%} | {numbers} | {row.median / row.limit:.3f} |")
+        print(f"| {name} | {loss:.3%} | {numbers} | {row.median / row.limit:.3f} |", flush=True)
 
 
 def _print_phases() -> None:
@@ -273,12 +273,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="BBR in the simulator, 100 Mbit/s and 100 ms")
     parser.add_argument("--losses", type=float, nargs="*", default=LOSSES, help="loss rates, as fractions")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the flows under loss")
+    parser.add_argument("--seeds", type=int, nargs="*", default=(1, 2, 3), help="one flow for each")
     options = parser.parse_args()
     _print_phases()
     _print_changes()
     _print_fairness()
-    print()
-    _print_loss(options.losses, options.seconds)
+    _print_loss(options.losses, options.seconds, options.seeds)
 
 
 if __name__ == "__main__":

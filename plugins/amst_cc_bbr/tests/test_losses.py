@@ -188,6 +188,14 @@ def test_a_loss_in_probe_rtt_does_not_keep_it_from_ending(feed):
     assert feed.cc.window >= 2 * feed.BDP
 
 
+def test_a_loss_that_was_none_begins_the_count_of_full_rounds_anew(feed):
+    for _ in range(3):
+        feed.round()
+    assert feed["full_bw_count"] == 2
+    feed.cc.on_spurious_loss(now=feed.now)
+    assert (feed["full_bw_count"], feed["full_bw"]) == (0, 0)
+
+
 # ---- policers -----------------------------------------------------------------------------
 
 
@@ -212,6 +220,22 @@ def test_two_intervals_with_much_loss_and_one_rate_are_a_policer(feed):
     assert feed["lt_bw"] == pytest.approx(5e5, rel=0.05)
     assert feed.cc.pacing_rate == pytest.approx(0.99 * feed["lt_bw"])
     assert feed["pacing_gain"] == 1
+
+
+def test_a_timeout_counts_as_a_loss_and_as_a_round(feed):
+    feed.drain()
+    while feed["pacing_gain"] != 1.25:
+        feed.round(in_flight=2 * feed.BDP)
+    feed.lose()
+    feed.ack(lost=feed.MSS)
+    for interval in range(2):
+        for _ in range(3):
+            feed.round(after=0.01)
+            assert feed["lt_use_bw"] == 0
+        assert ("lt_bw" in feed.cc.state()) == bool(interval)
+        feed.lose(3000, in_flight=0, persistent=True)
+        assert feed["lt_bw"] == pytest.approx(3000 / 0.03)
+    assert (feed["lt_use_bw"], feed["pacing_gain"]) == (1, 1)
 
 
 def test_its_rate_is_kept_without_probing_for_48_rounds(feed):

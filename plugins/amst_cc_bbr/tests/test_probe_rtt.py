@@ -11,8 +11,9 @@ def test_it_comes_after_ten_seconds_without_a_round_trip_as_short(feed):
     for _ in range(99):
         feed.ack(after=0.1, rtt=0.12)
     assert feed.mode == "probe_bw"
-    feed.ack(after=0.1, rtt=0.12)
-    feed.ack(after=0.001, rtt=0.12)
+    feed.ack(after=0.09, rtt=0.12)
+    assert feed.mode == "probe_bw"
+    feed.ack(after=0.011, rtt=0.12)
     assert feed.mode == "probe_rtt"
 
 
@@ -54,6 +55,30 @@ def test_it_lasts_a_round_trip_where_that_is_longer(feed):
     assert feed.mode == "probe_bw"
 
 
+def test_a_round_trip_counts_that_began_with_four_segments_in_flight(feed):
+    feed.probe_rtt()
+    before = feed.delivered
+    feed.ack(10_000, in_flight=4 * feed.MSS)
+    feed.ack(in_flight=4 * feed.MSS, after=0.3, prior_delivered=before + 5000)
+    assert feed.mode == "probe_rtt"
+    feed.ack(in_flight=4 * feed.MSS, prior_delivered=before + 10_000)
+    assert feed.mode == "probe_bw"
+
+
+def test_a_second_one_takes_a_round_trip_as_the_first_did(feed):
+    feed.probe_rtt()
+    leave(feed)
+    feed.settle()
+    while feed.mode != "probe_rtt":
+        feed.round(rtt=0.12)
+    feed.ack(in_flight=4 * feed.MSS)
+    for _ in range(5):
+        feed.ack(in_flight=4 * feed.MSS, after=0.1)
+        assert feed.mode == "probe_rtt"
+    feed.round(in_flight=4 * feed.MSS)
+    assert feed.mode == "probe_bw"
+
+
 def leave(feed, **more):
     feed.ack(in_flight=4 * feed.MSS, **more)
     feed.round(in_flight=4 * feed.MSS, after=0.1, **more)
@@ -82,10 +107,10 @@ def test_a_longer_round_trip_is_believed_after_ten_seconds(feed):
 
 def test_the_next_one_is_ten_seconds_after_the_last_has_ended(feed):
     feed.probe_rtt()
-    leave(feed)
+    leave(feed, rtt=0.13)
     ended = feed.now
     while feed.mode != "probe_rtt":
-        feed.round(rtt=0.12)
+        feed.round(rtt=0.13)
     assert feed.now - ended == pytest.approx(10.05, abs=0.06)
 
 
@@ -112,11 +137,23 @@ def test_what_leaves_with_four_segments_in_flight_does_not_lower_the_bandwidth(f
 
 
 def test_what_left_before_it_counts_as_ever(feed):
+    feed.cruise()
+    while feed.mode != "probe_rtt":
+        feed.round(1e5, rtt=0.12, app_limited=True)
+    assert feed["btl_bw"] == feed.RATE, "measured more than ten rounds ago, and nothing since"
+    feed.ack(rate=5e5, prior_delivered=feed.delivered - 2000)
+    assert feed["btl_bw"] == 5e5
+
+
+def test_what_leaves_after_it_counts_as_ever(feed):
     feed.probe_rtt()
-    rounds = feed["round_count"]
-    feed.ack(rate=3e6, prior_delivered=feed.delivered - 2000)
-    assert feed["btl_bw"] == 3e6
-    assert feed["round_count"] >= rounds
+    leave(feed)
+    for _ in range(4):
+        feed.round(5e5, acked=50_000)
+        assert feed["btl_bw"] == feed.RATE
+    for _ in range(10):
+        feed.round(5e5)
+    assert feed["btl_bw"] == 5e5
 
 
 def test_after_idling_data_leaves_at_the_bandwidth_without_gain(feed):
@@ -138,6 +175,23 @@ def test_a_sender_that_ran_out_before_is_idle_though_it_has_much_to_send_now(fee
     feed.now += 5
     feed.sent(in_flight=feed.MSS, app_limited=False)
     assert feed["idle_restart"] == 1
+
+
+def test_a_sender_with_something_in_flight_is_not_idle(feed):
+    feed.drain()
+    for _ in range(3):
+        feed.sent(in_flight=2 * feed.MSS, app_limited=True)
+    assert feed["idle_restart"] == 0
+
+
+def test_what_came_in_a_burst_before_idling_says_nothing_of_what_comes_after_it(feed):
+    feed.cruise()
+    feed.round(after=0.101)
+    feed.ack(30_000, after=0.0001, in_flight=0)
+    burst = feed["extra_acked"]
+    feed.sent(in_flight=feed.MSS, app_limited=True)
+    feed.ack(20_000, after=0.0001)
+    assert feed["extra_acked"] == burst
 
 
 def test_a_sender_that_never_ran_out_is_not_idle_with_nothing_in_flight(feed):

@@ -109,9 +109,19 @@ def test_the_window_grows_by_what_is_acknowledged_and_is_not_cut_to_a_target(fee
 
 
 def test_before_any_round_trip_the_target_is_the_first_window(feed):
-    for _ in range(100):
+    for _ in range(300):
         feed.ack(rtt=None, rate=1e9)
-    assert feed.cc.window <= 10_000 + 10_000 + 3 * 65_536 + 2 * feed.MSS
+    assert feed["send_quantum"] == 65_000
+    assert feed.cc.window == 10_000 + 3 * 65_000 + feed.MSS, "rounded up to a pair"
+
+
+def test_the_first_ten_segments_widen_the_window_whatever_the_target(feeds):
+    feed = feeds(initial_window=100)
+    for count in range(1, 10):
+        feed.ack(rate=1e4)
+        assert feed.cc.window == (100 + count) * feed.MSS
+    feed.ack(rate=1e4)
+    assert feed.cc.window == 109 * feed.MSS
 
 
 def test_drain_lasts_until_no_more_is_in_flight_than_the_path_holds(feed):
