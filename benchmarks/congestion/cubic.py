@@ -2,13 +2,13 @@
 
     python benchmarks/congestion/cubic.py [--quick]
 
-The tables are of a deterministic model: of every 1/P packets one is lost, and each loss finds the window where the last
-one did. They are ``max(CUBIC's formula, Reno's 1.2/√P)``, without fast convergence, with which each loss would change the
-next plateau. A flow comes to that steady state slowly. When its window is e too large, a loss comes before the plateau by
-a time of the order of e; the cubic function is flat there, so that the window of the next loss is nearer by the order of
-e³ only. After an ordinary slow start, which ends far above, hundreds of losses pass until the average is within 10 %. So
-`response` measures from where the model says that losses happen, and `approach` shows that this is the steady state:
-flows from above and from below come to it.
+The tables are of a deterministic model: of every 1/P packets one is lost, and each loss finds the window where the
+last one did. They are ``max(CUBIC's formula, Reno's 1.2/√P)``, without fast convergence, with which each loss would
+change the next plateau. A flow comes to that steady state slowly. When its window is e too large, a loss comes before
+the plateau by a time of the order of e; the cubic function is flat there, so that the window of the next loss is
+nearer by the order of e³ only. After an ordinary slow start, which ends far above, hundreds of losses pass until the
+average is within 10 %. So `response` measures from where the model says that losses happen, and `approach` shows that
+this is the steady state: flows from above and from below come to it.
 """
 
 from __future__ import annotations
