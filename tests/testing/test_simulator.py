@@ -324,6 +324,20 @@ def test_timeouts_are_twice_as_far_apart_each_time() -> None:
     assert len(apart) >= 3
 
 
+def test_what_arrives_makes_timeouts_short_again() -> None:
+    controller = Fixed(5)
+    simulation = Simulation(Link(RATE, 0.05))
+    simulation.add_flow(controller, mss=MSS)
+    for start in (1.0, 10.0):
+        simulation.at(start, lambda: simulation.link.set(loss=Bernoulli(1.0)))
+        simulation.at(start + 3.0, lambda: simulation.link.set(loss=None))
+    simulation.run(until=15.0)
+    times = [loss["now"] for loss in controller.losses]
+    first, later = ([time for time in times if start < time < start + 3] for start in (1.0, 10.0))
+    assert len(first) == len(later) == 3
+    assert later[1] - later[0] == pytest.approx(first[1] - first[0], rel=0.05)
+
+
 def test_before_the_first_round_trip_a_timeout_takes_a_second() -> None:
     controller = Fixed(5)
     alone(controller, until=2.0, loss=Bernoulli(1.0))
@@ -345,6 +359,29 @@ def test_what_a_timeout_gave_up_too_early_is_told_and_counted_once(twice: bool) 
     assert flow.duplicate > 0
     assert flow.lost == 0
     assert accounted(flow)
+
+
+def test_what_arrives_late_is_not_sent_again_where_it_was_not_yet() -> None:
+    simulation = Simulation(Link(RATE, 0.05))
+    flow = simulation.add_flow(RenoController(MSS), mss=MSS, size=500 * MSS)
+    simulation.at(0.25, lambda: simulation.link.set(back=0.5))
+    simulation.run(until=60.0)
+    # 20 packets or more were under way, and after the timeout the window was one.
+    assert flow.spurious == 1
+    assert flow.delivered == 500 * MSS
+    assert 0 < flow.duplicate <= 3 * MSS
+
+
+def test_what_arrived_late_is_not_sent_a_third_time_when_its_second_copy_is_lost() -> None:
+    simulation = Simulation(Link(RATE, 0.05))
+    flow = simulation.add_flow(Fixed(20), mss=MSS, size=20 * MSS)
+    simulation.at(0.0005, lambda: simulation.link.set(back=1.5))
+    simulation.at(0.9, lambda: simulation.link.set(loss=Bernoulli(1.0)))
+    simulation.at(1.2, lambda: simulation.link.set(loss=None))
+    simulation.run(until=60.0)
+    assert (flow.delivered, flow.sent, flow.lost) == (20 * MSS, 40 * MSS, 20 * MSS)
+    assert flow.finished_at == pytest.approx(1.55 + 0.02)
+    assert flow.in_flight == 0
 
 
 def test_a_flow_ends_when_everything_has_arrived() -> None:
