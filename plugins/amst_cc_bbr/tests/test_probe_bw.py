@@ -197,11 +197,14 @@ def test_they_widen_it_by_no_more_than_100_ms_of_bandwidth(feed):
     assert feed.cc.window <= 2 * feed.BDP + 0.1 * feed.RATE + 3 * feed["send_quantum"] + 4 * feed.MSS
 
 
-def test_bursts_are_forgotten_after_ten_rounds(feed):
-    feed.cruise()
-    feed.round(after=0.101)
-    feed.ack(50_000, after=0.0001)
-    assert feed["extra_acked"] > 40_000
-    for _ in range(11):
-        feed.round(after=0.101, acked=1000)
-    assert feed["extra_acked"] <= 1000
+def test_bursts_are_remembered_for_five_rounds_at_least_and_forgotten_after_ten(feeds):
+    for before in range(14, 24):  # until the burst of cruise is forgotten
+        feed = feeds()
+        feed.cruise()
+        for _ in range(before):
+            feed.round(after=0.101)
+        feed.ack(50_000, after=0.0001)
+        for count in range(1, 11):
+            feed.round(after=0.101)
+            assert feed["extra_acked"] > 40_000 or count >= 5
+        assert feed["extra_acked"] <= 2000
