@@ -150,6 +150,31 @@ def approach(loss_rate: float, rtt_s: float, *, losses: int = 300) -> Approach:
     return Approach(loss_rate, rtt_s, losses, ratio(1.5), ratio(0.5), ratio(1.5, fast_convergence=True))
 
 
+def after_a_loss(segments: int, rtt_s: float) -> list[dict[str, float]]:
+    """The window after one loss at about ``segments``, up to twice K, beside the RFC's functions, in a hundred rows.
+
+    Each row has ``t`` in seconds; ``cwnd``, ``w_cubic`` (figure 1, from this stage's own W_max and cwnd) and ``w_est``,
+    in segments; and ``k``, in seconds, by figure 2.
+    """
+    loss = BeginNear(segments, 1 << 62)
+    flow = FluidFlow(_controller(), rtt=rtt_s, loss=loss, mss=MSS)
+    flow.run(losses=1)
+    epoch = flow.controller.window / MSS
+    w_max = float(flow.controller.state()["w_max"]) / MSS
+    k = math.cbrt((w_max - epoch) / C)
+    rows: list[dict[str, float]] = []
+    while not rows or rows[-1]["t"] < 2 * k:
+        flow.run(seconds=max(k / 50, rtt_s))
+        state = flow.controller.state()
+        if "t" in state:
+            t = float(state["t"])
+            rows.append({
+                "t": t, "k": k, "cwnd": flow.controller.window / MSS, "w_cubic": C * (t - k) ** 3 + w_max,
+                "w_est": float(state["w_est"]) / MSS,
+            })  # fmt: skip
+    return rows
+
+
 def over_time(
     *, rate: float = 12.5e6, rtt_s: float = 0.1, buffer: float = 1.0, seconds: float = 60.0
 ) -> list[dict[str, float | str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from congestion.cubic import PUBLISHED, approach, average_window, response
+from congestion.cubic import PUBLISHED, after_a_loss, approach, average_window, response
 
 from amst_cc_cubic.controller import CubicController
 from amst_core.testing.simulator import Link, Simulation
@@ -46,3 +46,10 @@ def test_hystart_halves_what_the_first_slow_start_loses(pacing: bool) -> None:
         return flow.dropped // 1000
 
     assert 0 < dropped(True) < 0.6 * dropped(False)
+
+
+def test_in_the_simulator_too_the_window_follows_the_cubic_function_past_k() -> None:
+    rows = after_a_loss(1000, 0.05)
+    assert len(rows) > 80 and rows[-1]["t"] > 2 * rows[-1]["k"] > 15
+    for row in rows[2:]:
+        assert row["cwnd"] == pytest.approx(row["w_cubic"], rel=0.002)
