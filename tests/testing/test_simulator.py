@@ -500,6 +500,30 @@ def test_goodput_follows_the_rate() -> None:
     assert spans == pytest.approx([RATE, RATE / 4, 2 * RATE], rel=1e-3)
 
 
+@pytest.mark.parametrize("window", [20, 300])
+def test_time_never_goes_back_when_a_delay_becomes_shorter(window: int) -> None:
+    controller = Fixed(window)
+    simulation = Simulation(Link(RATE, 0.1))
+    simulation.add_flow(controller, mss=MSS)
+    simulation.at(2.05, lambda: simulation.link.set(delay=0.01, back=0.01))
+    simulation.run(until=3.0)
+    times = [sample.now for sample in controller.samples]
+    assert times == sorted(times)
+
+
+def test_what_is_lost_on_the_wire_keeps_its_place_in_the_queue_when_the_rate_changes() -> None:
+    simulation = Simulation(Link(RATE, 0.05))
+    link, last = simulation.link, Fixed(1)
+    for start, controller in ((0.0, Fixed(1)), (0.0002, Fixed(1)), (0.0004, last)):
+        simulation.add_flow(controller, mss=MSS, size=MSS, start=start)
+    simulation.at(0.0001, lambda: link.set(loss=Bernoulli(1.0)))
+    simulation.at(0.0003, lambda: link.set(loss=None))
+    simulation.at(0.0005, lambda: link.set(rate=RATE / 10))
+    simulation.run(until=0.5)
+    assert simulation.flows[1].corrupted == MSS
+    assert [sample.now for sample in last.samples] == pytest.approx([0.0255 + 0.1])
+
+
 def test_delays_change_for_what_leaves_from_then_on_and_nothing_is_overtaken() -> None:
     controller = Fixed(20)
     simulation = Simulation(Link(RATE, 0.05))
@@ -609,6 +633,13 @@ def test_a_fluid_flow_keeps_renos_law_at_any_loss_rate(exponent: int) -> None:
     # The recovery round trip again, which no longer counts where the windows are large.
     assert window / MSS == pytest.approx(math.sqrt(1.5 * 10**exponent), rel=0.08 if exponent == 3 else 0.02)
     assert flow.sent == flow.delivered + flow.lost + flow.in_flight
+
+
+def test_a_portion_of_a_fluid_flow_may_lose_several_packets() -> None:
+    flow = FluidFlow(Fixed(100), rtt=0.1, loss=Periodic(10), mss=MSS, acks_per_round=4)
+    flow.run(seconds=10.0)
+    assert flow.losses == flow.lost / MSS > 500
+    assert flow.lost / (flow.lost + flow.delivered) == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_fluid_flow_and_a_flow_of_packets_agree() -> None:

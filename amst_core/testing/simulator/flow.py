@@ -496,7 +496,6 @@ class Flow:
                 packet.given_up = True
                 newest = packet.sent_at
                 self._send_again(packet)
-        self._pace_at = now
         self._lose(now, self.in_flight, newest, persistent=True)
         self._send(now)
         if self.in_flight:
