@@ -1,4 +1,4 @@
-"""Sizes, rates and durations as people write them, read into bytes, bytes/s and seconds, and written back.
+"""Sizes, rates, durations and shares as people write them, read into bytes, bytes/s, seconds and parts of 1.
 
 k/M/G/T and kB/MB/GB/TB are powers of ten, KiB/MiB/GiB/TiB of two. A rate is bytes/s; ``bit`` says bits.
 Upper and lower case matter (``Mb`` could be either bits or bytes, so it is neither).
@@ -15,6 +15,7 @@ from .errors import UsageError
 SIZE_FORMS: Final = "a whole number of bytes, or a number with k, M, G, T, kB, MB, GB, TB, KiB, MiB, GiB or TiB"
 RATE_FORMS: Final = "bytes per second with a unit as for sizes (10MiB/s, 100M), or bits per second (100Mbit/s)"
 DURATION_FORMS: Final = "a number of seconds, or a number with ms, s, m, min, h or d"
+SHARE_FORMS: Final = "a percentage (1%, 0.5%), or a part of one (0.01)"
 
 _LIMIT: Final = 2**63 - 1
 _LONGEST_TEXT: Final = 64
@@ -25,6 +26,7 @@ _PREFIX: Final = r"(?:(?P<prefix>[kKMGT])(?P<binary>i(?=B|bit))?)?"
 _SIZE: Final = re.compile(_NUMBER + _PREFIX + "B?")
 _RATE: Final = re.compile(_NUMBER + _PREFIX + "(?P<unit>B|bit)?(?:/s)?")
 _DURATION: Final = re.compile(_NUMBER + r"(?P<unit>ms|s|min|m|h|d)?")
+_SHARE: Final = re.compile(_NUMBER + r"(?P<unit>%)?")
 
 _POWERS: Final = {"k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _SECONDS: Final = {
@@ -80,6 +82,22 @@ def parse_duration(value: str | int | float) -> float:
     else:
         duration = _number(value, "duration", DURATION_FORMS)
     return float(_in_range(duration, value, "duration", DURATION_FORMS))
+
+
+def parse_share(value: str | int | float) -> float:
+    """Read a part of a whole (``"1%"``, ``"0.01"``, ``0.01``) into a number from 0 to 1.
+
+    Raises:
+        UsageError: not a share, negative, or more than the whole.
+    """
+    if isinstance(value, str):
+        match = _match(_SHARE, value, "share", SHARE_FORMS)
+        share = Decimal(match["number"]) / (100 if match["unit"] else 1)
+    else:
+        share = _number(value, "share", SHARE_FORMS)
+    if not 0 <= share <= 1:
+        raise _fault(value, "share", f"{SHARE_FORMS}, from 0 to 100%")
+    return float(share)
 
 
 def format_size(size: int) -> str:
