@@ -31,7 +31,7 @@ LATE_STEPS: Final = 2000
 
 MOST_READ: Final = 65_800
 
-_BATCH: Final = 64
+_READ_FOR_NS: Final = 100_000
 _AWAKE_NS: Final = 1_000_000
 _LONGEST_SLEEP_NS: Final = 100_000_000
 _LOOK_AT_CONTROL_NS: Final = 2_000_000
@@ -144,12 +144,14 @@ class Emulator:
             for fd, way in reads:
                 offer = way.pipe.offer
                 now = clock()
+                enough = now + _READ_FOR_NS
                 try:
-                    for _ in range(_BATCH):
+                    while now < enough:
                         packet = read(fd, MOST_READ)
                         if packet[1] or not packets.is_multicast(packet):
                             offer(now, packet)
                             moved = True
+                        now = clock()
                 except BlockingIOError:
                     pass
             now = clock()
@@ -177,14 +179,16 @@ class Emulator:
 
     def _deliver(self, way: _Way) -> None:
         pipe = way.pipe
-        due, _, count, size, parts = pipe.queue.popleft()
+        entry = pipe.queue.popleft()
+        due, count = entry.due, entry.segments
+        parts = entry.parts()
         late = time.monotonic_ns() - due
         way.late[min(late // LATE_STEP_NS, LATE_STEPS)] += count
         way.late_total += late * count
         if late > way.late_most:
             way.late_most = late
         pipe.delivered_packets += count
-        pipe.delivered_bytes += size
+        pipe.delivered_bytes += entry.size
         if way.out is None:
             raw = b"".join(parts)
             onward = self._routes.get(packets.destination(raw))

@@ -13,20 +13,29 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from .packets import HEADER, parse, piece
+from .packets import HEADER, SuperPacket, parse, piece
 
 QUANTUM_NS: Final = 200_000
 """Segments of one super-packet that are sent within this time arrive together, when the last of them is due."""
 
 
 class Entry(NamedTuple):
-    """A packet on its way: when it is due, when its last byte is (to be) sent, of how many segments and bytes it is."""
+    """A packet on its way: when it is due, when its last byte is (to be) sent, of how many segments and bytes it is.
+
+    ``cut``: these segments of a super-packet only. The packet is made when it is due, so that one of many
+    segments that comes in at once does not make others late.
+    """
 
     due: int
     sent: int
     segments: int
     size: int
-    parts: tuple[bytes | memoryview, ...]
+    raw: bytes
+    cut: tuple[SuperPacket, int, int] | None
+
+    def parts(self) -> tuple[bytes | memoryview, ...]:
+        """The bytes to deliver, virtio_net_hdr first."""
+        return (self.raw,) if self.cut is None else piece(*self.cut)
 
 
 class Pipe:
@@ -52,7 +61,7 @@ class Pipe:
         self.set(values, 0)
 
     def set(self, values: Mapping[str, Any], now: int) -> None:
-        """Change to other values from now on; what waits in the buffer is sent at the new rate, what travels, travels."""
+        """Change to other values from now on; what waits in the buffer is sent at the new rate, what was sent goes on."""
         before, delay_before = self._ns_per_byte, self._delay
         self._ns_per_byte = 1e9 / values["rate"] if values["rate"] is not None else 0.0
         self._delay = round(values["delay"] * 1e9)
@@ -93,7 +102,7 @@ class Pipe:
         if self._losses is not None and self._losses.lost():
             self.dropped_by_loss += 1
             return
-        self._put(sent, 1, size, (raw,))
+        self._put(sent, 1, size, raw, None)
 
     def _offer_super(self, now: int, raw: bytes) -> None:
         whole = parse(raw)
@@ -120,17 +129,19 @@ class Pipe:
             for first in range(run, stop, together):
                 end = min(first + together, stop)
                 done = whole.total if end == whole.count else end * segment
-                parts = (raw,) if end - first == whole.count else piece(whole, first, end)
-                self._put(start + done * per_byte, end - first, done - first * segment, parts)
+                cut = None if end - first == whole.count else (whole, first, end)
+                self._put(start + done * per_byte, end - first, done - first * segment, raw, cut)
 
-    def _put(self, sent: float, count: int, size: int, parts: tuple[bytes | memoryview, ...]) -> None:
+    def _put(
+        self, sent: float, segments: int, size: int, raw: bytes, cut: tuple[SuperPacket, int, int] | None
+    ) -> None:
         due = int(sent) + self._delay
         if self._sweep.amplitude:
             due += self._sweep.at(sent)
         if due < self._last:
             due = self._last
         self._last = due
-        self.queue.append(Entry(due, int(sent), count, size, parts))
+        self.queue.append(Entry(due, int(sent), segments, size, raw, cut))
 
 
 class Losses:

@@ -95,7 +95,7 @@ def faults(report: LabReport, *, late_p99: float, late_max: float) -> tuple[str,
     """What makes the figures of a run worthless, in words."""
     found = []
     if report.late_p99 > late_p99:
-        found.append(f"1 % of the packets were {_shown(report.late_p99)} late or more ({_shown(late_p99)} is the bound)")
+        found.append(f"1 % of the packets were {_shown(report.late_p99)} late ({_shown(late_p99)} is the bound)")
     for what, seconds in (("a packet was", report.late_max), ("the emulator slept", report.stall)):
         if seconds > late_max:
             more = "late" if what.startswith("a ") else "too long"
