@@ -16,8 +16,10 @@ from . import exits, options, output, signals
 
 _MODULES: Final = {
     "serve": "serve", "cp": "copy", "ls": "ls", "bench": "bench", "plugins": "plugins", "config": "config",
-    "doctor": "doctor",
+    "doctor": "doctor", "lab": "lab",
 }  # fmt: skip
+
+_OWN_SIGNALS: Final = ("serve", "lab")
 
 _REPORTING: Final = ("cp", "bench")
 """Commands whose --json is the `output.Report`."""
@@ -43,8 +45,8 @@ def _main(argv: list[str]) -> int:
         parsed = options.parse(argv)
         _allow_descriptors()
         command = importlib.import_module(f".{_MODULES[parsed.command]}", __package__)
-        # serve waits for signals in a way of its own.
-        with contextlib.nullcontext() if parsed.command == "serve" else signals.raising() as actions:
+        # serve waits for signals in a way of its own, lab passes them on.
+        with contextlib.nullcontext() if parsed.command in _OWN_SIGNALS else signals.raising() as actions:
             parsed.signals = actions
             code: int = command.run(parsed, report)
     except SystemExit:  # help or the version
@@ -58,7 +60,7 @@ def _main(argv: list[str]) -> int:
     except signals.Terminated:
         code = _stopped("SIGTERM", report, exits.SIGTERM)
     except Exception as err:
-        code = _unexpected(err, report, verbose=parsed is not None and parsed.verbose > 0)
+        code = _unexpected(err, report, verbose=getattr(parsed, "verbose", 0) > 0)
     begun = parsed is not None and getattr(parsed, "json_begun", False)  # the command writes an object of its own
     if options.wants_json(argv) and not begun and (report.error or (parsed and parsed.command in _REPORTING)):
         output.print_json(report.as_dict(), aside=options.writes_data(argv))

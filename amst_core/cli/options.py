@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 from ..errors import UsageError
-from ..units import parse_duration, parse_rate, parse_size
+from ..units import parse_duration, parse_rate, parse_share, parse_size
+
+_T = TypeVar("_T")
 
 MAX_STREAMS: Final = 512
 MIN_RATE: Final = 16 << 10
@@ -32,6 +34,7 @@ commands:
   plugins [list] [--check]    list the installed plugins; --check tries each
   config check FILE           check a settings file; config --explain shows what is in force, and by whom
   doctor                      what of this machine matters, and what to do about it
+  lab [OPTION...] -- COMMAND  run a command whose network is a path of a given rate, delay and loss (root only)
 
 options:
   -h, --help                  this text; amst COMMAND --help says more
@@ -58,6 +61,21 @@ met; 130 SIGINT; 141 nobody reads standard output; 143 SIGTERM
 _CREDENTIALS: Final = """\
 A client must know the server's token: it finds it by --token-file FILE, in AMST_TOKEN, or in the state directory
 (AMST_STATE_DIR, by default ~/.local/state/amst), which is where a server on the same account keeps it.
+"""
+
+
+_LAB: Final = """\
+COMMAND finds the far host's address in AMST_LAB_FAR and its own in AMST_LAB_HERE (IPv6: AMST_LAB_FAR6,
+AMST_LAB_HERE6). The far host runs amst serve on port 9000, with the same state directory and so the same token, or
+what --far says; COMMAND starts once that listens. Values for one direction beat those for both.
+"""
+
+_LAB_EXITS: Final = """\
+The exit code is COMMAND's own (128 + N when signal N ended it, 127 and 126 when it is not found or not executable).
+Without a lab: 1 other; 2 usage; 6 no root or no TUN device. SIGTERM, SIGHUP and SIGINT are passed on to COMMAND.
+
+example:
+  amst lab --rate 100Mbit/s --rtt 100ms --loss 1% -- sh -c 'amst bench amst://$AMST_LAB_FAR --time 5s'
 """
 
 
@@ -93,8 +111,8 @@ def wants_json(argv: Sequence[str]) -> bool:
 
 
 def writes_data(argv: Sequence[str]) -> bool:
-    """Whether standard output is what a copy goes to, also on a command line that does not parse."""
-    return bool(argv) and argv[0] == "cp" and argv[-1] == "-"
+    """Whether standard output is for data, of a copy or of the lab's command; also where argv does not parse."""
+    return bool(argv) and ((argv[0] == "cp" and argv[-1] == "-") or argv[0] == "lab")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -295,6 +313,41 @@ def _doctor() -> _Parser:
     return parser
 
 
+def _lab() -> _Parser:
+    parser = _parser(
+        "lab",
+        "amst lab [--rate RATE] [--rtt TIME] [--loss SHARE] [OPTION...] -- COMMAND [ARGUMENT...]",
+        "Run a command on a host of its own, whose only network is a path of that kind to a far host. Root only.\n\n"
+        + _LAB,
+        _LAB_EXITS,
+    )
+    both = parser.add_argument_group("the path, both directions")
+    both.add_argument("--rtt", type=_as_given(parse_duration), metavar="TIME", help="round-trip time, half each way")
+    ways = ("up", "from the command to the far host"), ("down", "back to the command")
+    for prefix, group in (
+        ("", both), *((f"{name}-", parser.add_argument_group(f"only {name}, {what}")) for name, what in ways)
+    ):  # fmt: skip
+        for name, read, value, text in _PATH:
+            if prefix or name != "delay":
+                shown = None if prefix else text
+                group.add_argument(f"--{prefix}{name}", type=_as_given(read), metavar=value, help=shown)
+    parser.add_argument("--seed", type=_whole, default=1, metavar="N", help="what losses and jitter are drawn from (1)")
+    parser.add_argument(
+        "-C", "--congestion", metavar="NAME", help="congestion control of both hosts (default: this machine's)"
+    )
+    parser.add_argument(
+        "--tcp-memory", type=_as_given(parse_size), metavar="SIZE",
+        help="most that a TCP socket buffers (default: this machine's limit)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--far", metavar="COMMAND", help="what the far host runs, by sh (default: amst serve of an empty directory)"
+    )
+    parser.add_argument("--report", metavar="FILE", help="write the report to FILE, as JSON")
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object, on standard error")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no report on standard error unless it is bad")
+    return parser
+
+
 def _add_plain(parser: _Parser) -> None:
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on standard output")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; -vv logs all")
@@ -308,6 +361,7 @@ _COMMANDS: Final[Mapping[str, Callable[[], _Parser]]] = {
     "plugins": _plugins,
     "config": _config,
     "doctor": _doctor,
+    "lab": _lab,
 }
 
 
@@ -330,6 +384,41 @@ def _bwlimit(text: str) -> float:
     if rate and rate < MIN_RATE:
         raise argparse.ArgumentTypeError(f"{text!r} is less than {MIN_RATE >> 10} KiB/s; 0 means no limit")
     return rate
+
+
+def _as_given(read: Callable[[str], _T]) -> Callable[[str], _T]:
+    """A reader of `units` as argparse wants it."""
+
+    def value(text: str) -> _T:
+        try:
+            return read(text)
+        except UsageError as err:
+            raise argparse.ArgumentTypeError(str(err)) from err
+
+    return value
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _packets(text: str) -> float:
+    try:
+        return float(text) if text[:1].isdigit() else float("nan")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of packets") from None
+
+
+_PATH: Final[tuple[tuple[str, Callable[[str], object], str, str], ...]] = (
+    ("rate", parse_rate, "RATE", "such as 100Mbit/s, IP headers included (default: no limit)"),
+    ("delay", parse_duration, "TIME", "the time a packet travels, such as 50ms"),
+    ("jitter", parse_duration, "TIME", "how much longer it may travel, between 0 and this"),
+    ("loss", parse_share, "SHARE", "packets lost at random, such as 1%%"),
+    ("burst", _packets, "N", "how many are lost in a row in the mean (default: each for itself)"),
+    ("buffer", parse_size, "SIZE", "what may wait at the bottleneck (default: rate times --rtt, 64KiB at least)"),
+)
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -33,7 +33,7 @@ MOST_READ: Final = 65_800
 
 _READ_FOR_NS: Final = 100_000
 _AWAKE_NS: Final = 1_000_000
-_LONGEST_SLEEP_NS: Final = 100_000_000
+_LONGEST_SLEEP_NS: Final = 10_000_000
 _LOOK_AT_CONTROL_NS: Final = 2_000_000
 _TX_QUEUE: Final = 20_000
 _PRIORITY: Final = 10
@@ -134,7 +134,7 @@ class Emulator:
         watched = [self._control.fileno(), self._gone, *(fd for fd, _ in reads)]
         active = looked = clock()
         while True:
-            now = clock()
+            began = now = clock()
             moved = False
             for way in ways:
                 queue = way.pipe.queue
@@ -171,11 +171,9 @@ class Emulator:
             else:
                 ready, _, _ = select.select(watched, [], [], pause / 1e9)
                 woken = clock()
-                if ready:
-                    if self._gone in ready:
-                        return
-                    continue
-            self._longest_stall = max(self._longest_stall, woken - now - pause)
+                if self._gone in ready:
+                    return
+            self._longest_stall = max(self._longest_stall, woken - now - pause, now - began)
 
     def _deliver(self, way: _Way) -> None:
         pipe = way.pipe

@@ -68,7 +68,7 @@ class Way:
         way = dataclasses.replace(self, **read)
         if way.burst is not None and way.loss < 1 and way.burst < max(1.0, way.loss / (1 - way.loss)):
             least = max(1.0, way.loss / (1 - way.loss))
-            raise UsageError(f"burst: {way.loss:g} of all are lost in bursts of {least:.3g} at least, not {way.burst:g}")
+            raise UsageError(f"burst: at a loss of {way.loss:g} it is {least:.3g} at least, not {way.burst:g}")
         return way
 
     def as_dict(self) -> dict[str, float | int | None]:

@@ -61,7 +61,7 @@ class Pipe:
         self.set(values, 0)
 
     def set(self, values: Mapping[str, Any], now: int) -> None:
-        """Change to other values from now on; what waits in the buffer is sent at the new rate, what was sent goes on."""
+        """Change to other values now; what waits in the buffer is sent at the new rate, what was sent travels on."""
         before, delay_before = self._ns_per_byte, self._delay
         self._ns_per_byte = 1e9 / values["rate"] if values["rate"] is not None else 0.0
         self._delay = round(values["delay"] * 1e9)
@@ -114,6 +114,7 @@ class Pipe:
         if per_byte:
             room = self._buffer - (start - now) / per_byte
             if whole.total > room:
+                # A last segment that is shorter, and would fit, goes the way of those before it.
                 count = max(0, min(count - 1, int(room // segment)))
                 self.dropped_by_queue += whole.count - count
                 if not count:

@@ -137,7 +137,7 @@ def send(
 
 
 def ping(sender: Host, address: str, count: int, *, interval: float = 0.0) -> list[float]:
-    """Round-trip times in seconds of ``count`` ICMP echoes to ``address``, whose kernel answers; each waits for the last.
+    """Seconds that ``count`` ICMP echoes to ``address`` took there and back, one after the other; its kernel answers.
 
     Raises:
         TimeoutError: one got no answer.
