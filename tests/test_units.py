@@ -10,12 +10,14 @@ from amst_core.errors import UsageError
 from amst_core.units import (
     DURATION_FORMS,
     RATE_FORMS,
+    SHARE_FORMS,
     SIZE_FORMS,
     format_duration,
     format_rate,
     format_size,
     parse_duration,
     parse_rate,
+    parse_share,
     parse_size,
 )
 
@@ -146,3 +148,21 @@ def test_no_text_does_more_than_be_refused(text: str) -> None:
         except UsageError:
             continue
         assert 0 <= value <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("1%", 0.01), ("0.5%", 0.005), ("100%", 1.0), ("0", 0.0), ("1", 1.0), ("0.02", 0.02), (" 3 %", 0.03), (0.25, 0.25),
+     (1, 1.0)],
+)  # fmt: skip
+def test_shares_are_read(text: str | float, share: float) -> None:
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "%", "101%", "1.5", "-1%", "1%%", "nan", "1e-3", -0.1, 1.1, True, None, float("nan")]
+)
+def test_what_is_no_share_is_refused_with_the_forms(bad: object) -> None:
+    with pytest.raises(UsageError, match=r"is not a share") as caught:
+        parse_share(bad)  # type: ignore[arg-type]
+    assert SHARE_FORMS in str(caught.value)

@@ -66,7 +66,8 @@ def test_values_of_options():
         ["cp", "--verify"], ["cp", "--verify", "md5"],
         ["bench", "--size", "0"], ["bench", "--size", "x"], ["bench", "--time", "0"], ["bench", "--time", "25h"],
         ["bench", "--size", "1", "--time", "1"], ["serve", "--json"], ["serve", "--streams", "2"],
-        ["plugins", "--nope"], ["config", "--check"],
+        ["plugins", "--nope"], ["config", "--check"], ["lab", "--rate", "fast", "--", "true"], ["lab", "--loss", "2"],
+        ["lab", "--seed", "-1"], ["lab", "--up-burst", "many"], ["lab", "--verbose"], ["lab"],
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_exit_2_with_one_line_of_advice(argv, capsys):
@@ -120,6 +121,7 @@ def test_json_has_every_key_also_when_nothing_was_begun(capsys):
         ("plugins", ("--check", "--json")),
         ("config", ("--json", "--explain", "--set")),
         ("doctor", ("--leftovers", "--json", "--set")),
+        ("lab", ("--rate", "--rtt", "--loss", "--up-delay", "--down-buffer", "--far", "--congestion", "--report")),
     ],
 )
 def test_help_names_every_flag(command, flags, capsys):

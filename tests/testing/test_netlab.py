@@ -81,7 +81,7 @@ def test_packets_arrive_at_the_rate(rate: str, together: int) -> None:
 def test_the_round_trip_takes_its_time(rtt: float, family: int) -> None:
     def measured(lab: Lab) -> float:
         a, b = lab.hosts
-        return statistics.median(probes.ping(a, b.address if family == 4 else b.address6, 20))
+        return min(probes.ping(a, b.address if family == 4 else b.address6, 8))
 
     assert repeated(lambda: Lab(Path(rate="100Mbit/s", rtt=rtt)), measured) == close(rtt)
 
@@ -135,10 +135,12 @@ def test_each_direction_is_its_own() -> None:
     def measured(lab: Lab) -> tuple[float, float, float, float]:
         a, b = lab.hosts
         there = probes.send(a, b, b.address, 500)
-        nothing = probes.send(b, a, a.address, 5)
+        with b.enter(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lost:
+            lost.sendto(b"", (a.address, 9))
+        wait_until(lambda: lab.report().way("down").dropped_by_loss == 1, "the packet to be lost")
         lab.link.set(down={"loss": 0})
         back = probes.send(b, a, a.address, 500)
-        assert (there.loss, nothing.loss, back.loss) == (0, 1, 0)
+        assert (there.loss, back.loss) == (0, 0)
         return there.rate, there.delays[0], back.rate, back.delays[0]
 
     found = repeated(lambda: Lab(Path(buffer="10MB", up=up, down=down)), measured)
@@ -164,7 +166,7 @@ def test_a_path_changes_while_packets_are_under_way() -> None:
         assert sent.in_order and not sent.loss
         gaps = [after.arrived - before.arrived for before, after in itertools.pairwise(sent.arrivals)]
         lab.link.set(rtt="100ms")
-        rtt = statistics.median(probes.ping(a, b.address, 9))
+        rtt = min(probes.ping(a, b.address, 5))
         return statistics.mean(gaps[50:250]), statistics.mean(gaps[-250:-50]), rtt
 
     path = Path(rate="20Mbit/s", rtt="20ms", buffer="10MB")
@@ -179,12 +181,12 @@ def test_two_paths_between_the_same_hosts_are_independent() -> None:
     def make() -> Lab:
         return Lab(
             Link("a", "b", Path(rate="10Mbit/s", rtt="40ms", buffer="10MB")),
-            Link("a", "b", Path(rate="50Mbit/s", rtt="10ms", buffer="10MB")),
+            Link("a", "b", Path(rate="50Mbit/s", rtt="20ms", buffer="10MB")),
         )
 
     def measured(lab: Lab) -> list[tuple[float, float]]:
         a, b = lab.hosts
-        rtts = [statistics.median(probes.ping(a, address, 9)) for address in b.addresses]
+        rtts = [min(probes.ping(a, address, 5)) for address in b.addresses]
         rates = [0.0, 0.0]
 
         def send(number: int) -> None:
@@ -199,7 +201,7 @@ def test_two_paths_between_the_same_hosts_are_independent() -> None:
 
     slow, quick = repeated(make, measured)
     assert slow == close_all(0.04, 1.25e6)
-    assert quick == close_all(0.01, 6.25e6)
+    assert quick == close_all(0.02, 6.25e6)
 
 
 @pytest.mark.alone
@@ -213,10 +215,10 @@ def test_hosts_at_a_router_reach_each_other_over_both_their_links() -> None:
 
     def measured(lab: Lab) -> tuple[float, ...]:
         a, b, c = lab.hosts
-        rtts = [statistics.median(probes.ping(a, host.address, 9)) for host in (b, c)]
-        rtts.append(statistics.median(probes.ping(b, c.address6, 9)))
+        rtts = [min(probes.ping(a, host.address, 5)) for host in (b, c)]
+        rtts.append(min(probes.ping(b, c.address6, 5)))
         rates = [probes.send(a, host, host.address, 800).rate for host in (b, c)]
-        assert lab.report().way("down", 2).delivered_packets == 9 + 9 + 800
+        assert lab.report().way("down", 2).delivered_packets == 5 + 5 + 800
         return (*rtts, *rates)
 
     assert repeated(make, measured) == close_all(0.06, 0.08, 0.1, 5e6, 2.5e6)
