@@ -31,7 +31,6 @@ NOT_FOUND: Final = 127
 
 _VALUES: Final = ("rate", "delay", "jitter", "loss", "burst", "buffer")
 _PASSED_ON: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LISTENS: Final = "0A"  # TCP_LISTEN as /proc/net/tcp writes it
 _LISTENING_TIMEOUT_S: Final = 2.0
 _LOOK_EVERY_S: Final = 0.02
 
@@ -98,16 +97,10 @@ def _start_far(far: Host, command: str | None, root: str, environment: dict[str,
         return
     process = far.popen(["sh", "-c", command], env=environment, stdin=subprocess.DEVNULL, stdout=2)
     until = time.monotonic() + _LISTENING_TIMEOUT_S  # it may be one that does not listen to TCP
-    while time.monotonic() < until and not _listens(far):
+    while time.monotonic() < until and not far.listening():
         if process.poll():
             raise AmstError(f"the far host's command ended with exit code {process.returncode}: {command}")
         time.sleep(_LOOK_EVERY_S)
-
-
-def _listens(host: Host) -> bool:
-    tables = ("tcp", "tcp6") if host.addresses6 else ("tcp",)
-    rows = (row.split() for table in tables for row in host.proc_net(table).splitlines()[1:])
-    return any(row[3] == _LISTENS for row in rows)
 
 
 # ---- the command --------------------------------------------------------------------------

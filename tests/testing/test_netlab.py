@@ -389,6 +389,15 @@ def test_settings_of_the_hosts_are_as_asked() -> None:
             assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
 
 
+def test_a_host_tells_where_somebody_listens() -> None:
+    with Lab(Path()) as lab:
+        here, far = lab.hosts
+        with far.enter():
+            listeners = [socket.create_server(("", 70)), socket.create_server(("::", 71), family=socket.AF_INET6)]
+        with listeners[0], listeners[1]:
+            assert (far.listening(), here.listening()) == ({70, 71}, set())
+
+
 def test_a_setting_that_cannot_be_made_is_named() -> None:
     with pytest.raises(LabUnavailableError, match=r"cannot set net\.ipv4\.tcp_sack to 'x': Invalid argument"):
         Lab(Path(), sysctls={"net.ipv4.tcp_sack": "x"}).start()

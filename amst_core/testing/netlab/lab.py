@@ -32,6 +32,7 @@ _READY_TIMEOUT_S: Final = 30.0
 _ANSWER_TIMEOUT_S: Final = 10.0
 _GRACE_S: Final = 3.0
 _MOST_LINKS: Final = 200
+_LISTENS: Final = "0A"  # TCP_LISTEN as /proc/net/tcp writes it
 
 
 class LabUnavailableError(RefusedError):
@@ -183,6 +184,12 @@ class Host:
         """The text of a file of this host's /proc/net, such as ``snmp`` or ``tcp``."""
         with self.enter():
             return FilePath(f"/proc/thread-self/net/{name}").read_text()
+
+    def listening(self) -> set[int]:
+        """The TCP ports of this host that somebody listens at."""
+        tables = ("tcp", "tcp6") if self.addresses6 else ("tcp",)
+        rows = (row.split() for table in tables for row in self.proc_net(table).splitlines()[1:])
+        return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == _LISTENS}
 
     def sysctl(self, name: str, value: str | None = None) -> str:
         """A setting of this host's network (``net.ipv4.tcp_rmem``), set to ``value`` before if that is given."""
