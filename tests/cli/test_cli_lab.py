@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -41,6 +42,14 @@ def test_each_direction_has_options_of_its_own() -> None:
     parsed = options.parse(["lab", "--rate", "1MB/s", "--up-delay", "1s", "--down-loss", "2%", "--", "cp", "--json"])
     assert (parsed.rate, parsed.up_delay, parsed.down_loss, parsed.rtt) == (1e6, 1.0, 0.02, None)
     assert parsed.operands == ["cp", "--json"] and not parsed.json
+
+
+def test_the_page_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "lab.md").read_text()
+    assert main(["lab", "--help"]) == 0
+    flags = set(re.findall(r"--[a-z-]+[a-z]", capsys.readouterr().out)) - {"--help", "--version", "--time"}
+    missing = [flag for flag in flags if f"{flag}" not in page and flag.replace("--down-", "--up-") not in page]
+    assert len(flags) > 20 and not missing
 
 
 @pytest.mark.parametrize(

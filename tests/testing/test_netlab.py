@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -411,6 +412,23 @@ def test_without_root_or_device_there_is_a_reason(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernel, "TUN", "/dev/net/nothing")
     with pytest.raises(LabUnavailableError, match="/dev/net/nothing"):
         Lab(Path()).start()
+
+
+# ---- docs/lab.md ------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = FilePath(__file__).resolve().parents[2] / "docs" / "lab.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    namespace: dict[str, Any] = {}
+    for number, source in enumerate(blocks, 1):
+        exec(compile(source, f"docs/lab.md, example {number}", "exec"), namespace)
+    assert "runs with the path to 10.99.0.2" in capsys.readouterr().out
+    for lab in (namespace["two_paths"], namespace["star"]):
+        with lab:
+            hosts = lab.hosts
+            assert all(len(probes.ping(hosts[0], address, 1)) == 1 for address in hosts[-1].addresses)
 
 
 # ---- how labs end -----------------------------------------------------------------------------

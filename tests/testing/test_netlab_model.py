@@ -15,6 +15,7 @@ from amst_core.testing.netlab import Lab, Link, Path, Way, access, repeated
 from amst_core.testing.netlab.packets import HEADER, checksum, parse, piece, plain
 from amst_core.testing.netlab.path import LEAST_BUFFER
 from amst_core.testing.netlab.pipe import QUANTUM_NS, Losses, Pipe
+from amst_core.testing.netlab.probes import Arrival, Probes
 
 MS = 1_000_000
 SECOND = 1_000_000_000
@@ -209,6 +210,22 @@ def test_the_same_seed_gives_the_same_fates() -> None:
         return [entry.due for entry in way.queue]
 
     assert fates("1/0") == fates("1/0") != fates("1/1")
+
+
+def test_a_rate_is_measured_while_packets_wait_for_the_link() -> None:
+    # Sent at once, then after a pause: 1 ms each on the link, 10 ms on the way.
+    sent = [0.0] * 5 + [1.0] * 5
+    arrived = [0.011 + number * 0.001 for number in range(5)] + [1.011 + number * 0.001 for number in range(5)]
+    arrivals = [Arrival(number, *times) for number, times in enumerate(zip(sent, arrived, strict=True))]
+    assert Probes(10, 1500, tuple(arrivals)).rate == pytest.approx(1.5e6)
+    assert Probes(2, 1500, (arrivals[0], arrivals[5])).rate == 0
+
+
+def test_lost_probes_are_told_with_their_rows() -> None:
+    arrivals = tuple(Arrival(number, 0.0, 1.0) for number in (0, 3, 4, 6))
+    probes = Probes(8, 1500, arrivals)
+    assert (probes.lost, probes.loss, probes.burst, probes.in_order) == ([1, 2, 5, 7], 0.5, 4 / 3, True)
+    assert not Probes(8, 1500, arrivals[::-1]).in_order
 
 
 # ---- losses -----------------------------------------------------------------------------------

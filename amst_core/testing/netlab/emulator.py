@@ -226,7 +226,7 @@ class Emulator:
                 answer = self._counts()
             case "stop":
                 answer = self._counts()
-        self._control.send(json.dumps(answer).encode())
+        self._control.send(json.dumps({**answer, "number": request["number"]}).encode())
         return bool(request["do"] != "stop")
 
     def _counts(self) -> dict[str, Any]:

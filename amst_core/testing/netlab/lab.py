@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -264,6 +265,7 @@ class Lab:
         self._sysctls = _sysctls(congestion, tcp_memory, sysctls or {})
         self._by_name: dict[str, Host] = {}
         self._lock = threading.Lock()
+        self._asked = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._final: LabReport | None = None
@@ -439,12 +441,15 @@ class Lab:
         with self._lock:
             if self._control is None:
                 raise UsageError("the lab does not run: with Lab(...) as lab")
+            self._asked += 1
+            answer: dict[str, Any] = {}
             try:
-                self._control.send(json.dumps(request).encode())
-                message = self._control.recv(1 << 20)
+                self._control.send(json.dumps({**request, "number": self._asked}).encode())
+                while "error" not in answer and answer.get("number") != self._asked:  # a late answer to an earlier one
+                    message = self._control.recv(1 << 20)
+                    answer = json.loads(message) if message else {"error": "it has died"}
             except OSError as err:
                 raise AmstError(f"the lab's emulator does not answer: {err}") from err
-        answer: dict[str, Any] = json.loads(message) if message else {"error": "it has died"}
         if "error" in answer:
             raise AmstError(f"the lab's emulator has failed: {answer['error']}")
         return answer
@@ -521,23 +526,28 @@ def remove_leftovers() -> list[int]:
         with contextlib.suppress(OSError):
             environment = FilePath(f"/proc/{entry}/environ").read_bytes()
             _, found, rest = (b"\0" + environment).partition(f"\0{_MARK}=".encode())
-            mark = rest.partition(b"\0")[0].decode()
-            pid = mark.partition("-")[0]
-            if not found or not pid.isdigit() or os.stat(f"/proc/{entry}/ns/net").st_ino == home:
+            mark = rest.partition(b"\0")[0].decode(errors="replace")
+            pid, _, space = (*mark.split("-"), "", "", "")[:3]
+            if not found or not pid.isdigit() or space != _process_space():
                 continue
-            if _mark(int(pid)) != mark:
+            if os.stat(f"/proc/{entry}/ns/net").st_ino != home and _mark(int(pid)) != mark:
                 os.kill(int(entry), signal.SIGKILL)
                 killed.append(int(entry))
     return killed
 
 
 def _mark(pid: int) -> str:
-    """Names a process for all times: its id and when it was started. Empty when there is none."""
+    """Names a process for all times: its id, when it was started, where ids are counted. Empty when there is none."""
     try:
         fields = FilePath(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return f"{pid}-{fields[19]}" if fields[0] not in "ZX" else ""
+    return f"{pid}-{fields[19]}-{_process_space()}" if fields[0] not in "ZX" else ""
+
+
+def _process_space() -> str:
+    """The namespace of process ids: a container's ids mean nothing outside it."""
+    return str(os.stat("/proc/self/ns/pid").st_ino)
 
 
 def _require() -> None:
@@ -552,7 +562,8 @@ def _require() -> None:
 def _unavailable(answer: Mapping[str, Any]) -> AmstError:
     if answer.get("errno") is None:
         return AmstError(f"the lab's emulator has failed: {answer['error']}")
-    return LabUnavailableError(f"no lab can be made here: {answer['error']}; it needs CAP_SYS_ADMIN and CAP_NET_ADMIN")
+    advice = "; it needs CAP_SYS_ADMIN and CAP_NET_ADMIN" if answer["errno"] in (errno.EPERM, errno.EACCES) else ""
+    return LabUnavailableError(f"no lab can be made here: {answer['error']}{advice}")
 
 
 def _spawn(control: int) -> subprocess.Popen[bytes]:

@@ -57,9 +57,17 @@ class Probes:
 
     @property
     def rate(self) -> float:
-        """Bytes/s of IP at which they arrived; they must have been sent faster."""
-        first, last = self.arrivals[0], self.arrivals[-1]
-        return (len(self.arrivals) - 1) * self.size / (last.arrived - first.arrived)
+        """Bytes/s of IP at which they arrived while the next one was waiting already; 0 when none ever was.
+
+        So a sender that is slow for a moment, and leaves the link idle, does not count as a slow link.
+        """
+        least = min(self.delays, default=0.0)
+        busy = [
+            after.arrived - before.arrived
+            for before, after in itertools.pairwise(self.arrivals)
+            if after.sent + least <= before.arrived
+        ]
+        return len(busy) * self.size / sum(busy) if sum(busy) else 0.0
 
     @property
     def loss(self) -> float:
