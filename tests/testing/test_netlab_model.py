@@ -14,7 +14,7 @@ from amst_core.errors import UsageError
 from amst_core.testing.netlab import Lab, Link, Path, Way, access, repeated
 from amst_core.testing.netlab.packets import HEADER, checksum, parse, piece, plain
 from amst_core.testing.netlab.path import LEAST_BUFFER
-from amst_core.testing.netlab.pipe import QUANTUM_NS, Losses, Pipe
+from amst_core.testing.netlab.pipe import LONGEST_QUANTUM_NS, QUANTUM_NS, Losses, Pipe
 from amst_core.testing.netlab.probes import Arrival, Probes
 
 MS = 1_000_000
@@ -382,12 +382,14 @@ def test_a_pipe_decides_for_each_segment_of_a_super_packet() -> None:
         assert fates([raw] * 3, **values) == fates(list(plain(raw)) * 3, **values)
 
 
-def test_the_pieces_of_a_super_packet_are_spread_over_its_time_on_the_link() -> None:
+@pytest.mark.parametrize(("delay", "together"), [(0.0, QUANTUM_NS), (0.05, 500_000), (1.0, LONGEST_QUANTUM_NS)])
+def test_the_pieces_of_a_super_packet_are_spread_over_its_time_on_the_link(delay: float, together: int) -> None:
     raw = super_packet(payload=bytes(43_800), size=1460)
-    way = pipe(rate=12.5e6, buffer="1MB")
+    way = pipe(rate=12.5e6, delay=delay, buffer="1MB")
     way.offer(SECOND, raw)
+    start = SECOND + round(delay * SECOND)
     due = [entry.due for entry in way.queue]
-    assert due[-1] == SECOND + 30 * 1500 * 80
-    assert all(0 < after - before <= QUANTUM_NS for before, after in itertools.pairwise([SECOND, *due]))
+    assert due[-1] == start + 30 * 1500 * 80
+    assert all(0 < after - before <= together for before, after in itertools.pairwise([start, *due]))
     assert sum(entry.segments for entry in way.queue) == 30
     assert sum(entry.size for entry in way.queue) == 45_000
