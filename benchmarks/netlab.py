@@ -159,13 +159,13 @@ def iperf(lab: Lab, congestion: str, streams: int, seconds: int) -> float:
 
 
 def show_accuracy() -> None:
-    print(f"\n{'what':40}{'asked':>12}{'measured':>12}{'off by':>10}")
+    print(f"\n{'what':40}{"asked":>14}{"measured":>14}{'off by':>10}")
 
     def show(what: str, asked: float, measured: float, scale: float, unit: str) -> None:
         off = measured / asked - 1
         mark = "" if abs(off) <= 0.03 else "  MORE THAN 3 %"
         shown = (f"{value * scale:.4g} {unit}" for value in (asked, measured))
-        print(f"{what:40}" + "".join(f"{text:>12}" for text in shown) + f"{off:+10.2%}{mark}", flush=True)
+        print(f"{what:40}" + "".join(f"{text:>14}" for text in shown) + f"{off:+10.2%}{mark}", flush=True)
 
     for rate, together in (("1Mbit/s", 1), ("10Mbit/s", 1), ("100Mbit/s", 1), ("500Mbit/s", 40), ("1Gbit/s", 40)):
         asked = parse_rate(rate)
