@@ -159,7 +159,7 @@ def iperf(lab: Lab, congestion: str, streams: int, seconds: int) -> float:
 
 
 def show_accuracy() -> None:
-    print(f"\n{'what':40}{"asked":>14}{"measured":>14}{'off by':>10}")
+    print(f"\n{'what':40}{'asked':>14}{'measured':>14}{'off by':>10}")
 
     def show(what: str, asked: float, measured: float, scale: float, unit: str) -> None:
         off = measured / asked - 1

@@ -194,8 +194,9 @@ def _say(path: Path, counted: LabReport) -> None:
         shown = dataclasses.replace(way, buffer=path.buffer(way)) if way.rate is not None else way
         counts = counted.way(name)
         output.say(
-            f"lab: {name:4} {shown}: {output.count(counts.packets, 'packets')}, {output.size(counts.bytes)};"
-            f" {output.count(counts.dropped_by_loss, 'lost')}, {counts.dropped_by_queue} found the buffer full"
+            f"lab: {name:4} {shown}: {output.count(counts.packets, 'packet' if counts.packets == 1 else 'packets')},"
+            f" {output.size(counts.bytes)}; {output.count(counts.dropped_by_loss, 'lost')},"
+            f" {output.count(counts.dropped_by_queue, 'found the buffer full')}"
         )
     verdict = f"NOT to be trusted: {'; '.join(counted.faults)}" if counted.faults else "to be trusted"
     mean, most, worst = (_milliseconds(value) for value in (counted.late_mean, counted.late_p99, counted.late_max))

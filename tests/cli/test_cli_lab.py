@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from amst_core.cli import options
 from amst_core.cli.main import main
 from amst_core.testing import netlab
 
-from .conftest import Shell, ended
+from .conftest import AMST, Shell, ended, read_terminal
 
 
 @pytest.fixture
@@ -130,7 +131,8 @@ def test_the_report_says_what_was_asked_and_what_became_of_it(amst: Shell) -> No
     )  # fmt: skip
     assert done.returncode == 0
     first, second, third = done.stderr.splitlines()
-    assert first.startswith("lab: up   8 Mbit/s (1MB/s), 3ms delay, buffer 64KiB: 1 packets, 1000 bytes; 0 lost")
+    counts = "1 packet, 1000 bytes; 0 lost, 0 found the buffer full"
+    assert first == f"lab: up   8 Mbit/s (1MB/s), 3ms delay, buffer 64KiB: {counts}"
     assert second.startswith("lab: down any rate, 3ms delay, 5 % lost in bursts of 3:")
     assert third.startswith("lab: seed 5, ") and "to be trusted" in third
     value = json.loads((amst.home / "report.json").read_text())
@@ -162,6 +164,29 @@ def test_signals_reach_the_command_which_decides(number: int, code: int, amst: S
         process.send_signal(number)
         assert process.wait(30) == code
         assert json.loads(process.stderr.read().splitlines()[-1])["exit_code"] == code
+
+
+@needs_root
+def test_ctrl_c_on_a_terminal_reaches_the_command_once(amst: Shell) -> None:
+    script = (
+        "n=0; trap 'n=$((n+1))' INT; echo $$; while [ $n = 0 ]; do sleep 0.05; done;"
+        " sleep 0.3; sleep 0.05; exit $((40 + n))"
+    )
+    # A session of its own, whose terminal that is: then Ctrl-C goes to all of its foreground.
+    begin = "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    argv = [sys.executable, "-c", begin, *AMST, "lab", "--far", "", "-q", "--", "sh", "-c", script]
+    terminal, other = os.openpty()
+    try:
+        process = subprocess.Popen(
+            argv, cwd=amst.home, env=amst.env, stdin=other, stdout=other, stderr=other, start_new_session=True
+        )
+        os.close(other)
+        with ended(process):
+            assert read_terminal(terminal, b"\n").strip().isdigit()
+            os.write(terminal, b"\x03")
+            assert process.wait(30) == 41
+    finally:
+        os.close(terminal)
 
 
 @needs_root
