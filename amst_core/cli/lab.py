@@ -111,9 +111,14 @@ class _Passing:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[Any] | None = None
+        self._starting = False
+        self._early: list[int] = []
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """As a signal handler."""
+        if self._starting:  # it may run already, but has no name here yet
+            self._early.append(number)
+            return
         if self._process is None:
             raise KeyboardInterrupt if number == signal.SIGINT else signals.Terminated
         if number != signal.SIGINT or not _in_foreground():
@@ -121,6 +126,7 @@ class _Passing:
 
     def run(self, here: Host, argv: list[str], environment: dict[str, str]) -> int:
         """Run the command to its end; the exit code a shell would give it."""
+        self._starting = True
         try:
             self._process = here.popen(argv, env=environment)
         except FileNotFoundError:
@@ -129,6 +135,10 @@ class _Passing:
         except OSError as err:
             output.complain(f"cannot run {argv[0]}: {err.strerror}")
             return NOT_EXECUTABLE
+        finally:
+            self._starting = False
+        for number in self._early:
+            self.handle(number, None)
         code = int(self._process.wait())
         return code if code >= 0 else 128 - code
 
