@@ -31,6 +31,13 @@ _MAX_CONTROL: Final = 4096
 _MAX_SECONDS: Final = 86400.0
 _ANSWER_TIMEOUT_S: Final = 20.0
 
+_NEAR_S: Final = 0.005
+_SOON_S: Final = 1.0
+_LATE_S: Final = 3.0
+_LEAST_AHEAD: Final = 1 << 20
+_PER_STREAM: Final = 2 << 20
+_AT_ONCE: Final = 4
+
 _log = logging.getLogger("amst.bench")
 
 
@@ -168,28 +175,59 @@ def _parse_load(request: Mapping[str, Any]) -> Load:
 def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], None] | None = None) -> None:
     """Send what ``load`` says and wait until all of it is acknowledged; then an empty message."""
     payload = memoryview(os.urandom(load.message))
-    waiting: deque[Ticket] = deque()
+    ahead = _Ahead(load, session)
+    waiting: deque[tuple[Ticket, float]] = deque()
     offered = 0
     began = time.monotonic()
 
-    def settle(ticket: Ticket) -> None:
+    def settle() -> None:
+        ticket, since = waiting.popleft()
         ticket.wait()
         tally.bytes += ticket.size
+        ahead.arrived(ticket.size, time.monotonic() - since)
         if progress is not None:
             progress()
 
     while load.size is None or offered < load.size:
-        if load.seconds is not None and time.monotonic() - began >= load.seconds:
+        now = time.monotonic()
+        if load.seconds is not None and now - began >= load.seconds:
             break
-        length = load.message if load.size is None else min(load.message, load.size - offered)
-        waiting.append(session.send(payload[:length], channel=DATA, borrow=True))
+        length = ahead.message if load.size is None else min(ahead.message, load.size - offered)
+        waiting.append((session.send(payload[:length], channel=DATA, borrow=True), now))
         offered += length
-        if len(waiting) >= load.window:
-            settle(waiting.popleft())
+        while offered - tally.bytes >= ahead.size:
+            settle()
     while waiting:
-        settle(waiting.popleft())
+        settle()
     tally.seconds = time.monotonic() - began
     session.send(b"", channel=DATA).wait()
+
+
+class _Ahead:
+    """How much is offered before it has arrived: enough for the path, and no more than it carries in some seconds.
+
+    On a slow path what ``load`` allows would take long after the time is up. So where the round trip is long it begins
+    with what keeps each stream busy, and grows and shrinks with how long messages take.
+    """
+
+    def __init__(self, load: Load, session: Session) -> None:
+        metrics = session.metrics()
+        self._most = load.message * load.window
+        self._least = min(self._most, max(_LEAST_AHEAD, metrics.active_streams * _PER_STREAM))
+        self._largest = load.message
+        self.size = self._most if (metrics.average_latency_s or 0.0) < _NEAR_S else self._least
+
+    @property
+    def message(self) -> int:
+        """Bytes of the next message: a few of them are ahead at once."""
+        return min(self._largest, max(1, self.size // _AT_ONCE))
+
+    def arrived(self, size: int, elapsed_s: float) -> None:
+        """A message of ``size`` bytes took so long."""
+        if elapsed_s < _SOON_S:
+            self.size = min(self._most, self.size + size)
+        elif elapsed_s > _LATE_S:
+            self.size = max(self._least, self.size - size)
 
 
 def drain(session: Session, tally: Tally, *, progress: Callable[[], None] | None = None) -> None:

@@ -7,7 +7,7 @@ values, `Engine.messages` (control messages to write) and `Engine.events` (thing
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -50,7 +50,7 @@ from .events import (
 )
 from .incoming import Incoming, Placement, Verdict
 from .intervals import IntervalSet
-from .outgoing import Chunk, Flows, InFlight, Outgoing
+from .outgoing import BUSY_TIMES, Chunk, Flows, InFlight, Outgoing
 from .pace import AckTimer, TokenBucket
 
 ACK_INTERVAL_S: Final = 0.005
@@ -61,9 +61,6 @@ ACK_SPANS: Final = 64
 
 ACK_ENTRIES: Final = 2048
 """Most transfers and spans in one ACK, and transfers in one CREDIT: at 20 bytes each they fit an ACK frame too."""
-
-BUSY_TIMES: Final = 4
-"""So many times later than otherwise is late while there is something else to send."""
 
 MAX_CHANNEL: Final = 255
 """Longest name of a channel, in bytes of UTF-8."""
@@ -371,18 +368,33 @@ class Engine:
         self._lanes.discard(lane)
         self._slow.discard(lane)
 
-    def resend_late(self, now: float) -> None:
+    def late_lanes(self, now: float) -> set[int]:
+        """The lanes with chunks of which `resend_late` would send copies now."""
+        late_after_s = self._late_after_s
+        return {lane for out in self._outgoing.values() for lane in out.late_lanes(late_after_s, now)}
+
+    @property
+    def chunk_takes_s(self) -> float:
+        """From being handed to a lane to its acknowledgement, about; 0 while that is not known."""
+        return self._ack_timer.smoothed_s
+
+    @property
+    def _late_after_s(self) -> float:
+        return self._ack_timer.late_after_s * (BUSY_TIMES if self._flows else 1)
+
+    def resend_late(self, now: float, patient_with: Collection[int] = ()) -> None:
         """Send the last chunks of a transfer again over other lanes, where their acknowledgement is late.
 
         Its end thus does not wait for its slowest lane; and that one gets no more until nothing on it is late. While
-        there is something else to send, copies take the path from it: then a chunk must be later still.
+        there is something else to send, copies take the path from it: then a chunk must be later still, and so it must
+        be on the lanes to be ``patient_with``.
         """
-        late_after_s = self._ack_timer.late_after_s * (BUSY_TIMES if self._flows else 1)
+        late_after_s = self._late_after_s
         self._slow &= {
             span.lane for out in self._outgoing.values() for span in out.in_flight.values() if span.copies
         }  # what was late may have been asked for again, given up, or have gone whole over another lane
         for out in list(self._outgoing.values()):
-            lanes = out.resend_late(late_after_s, now) if len(self._lanes) > 1 else []
+            lanes = out.resend_late(late_after_s, now, patient_with) if len(self._lanes) > 1 else []
             self._slow.update(lane for lane in lanes if lane in self._lanes)
             if lanes:
                 self._flows.wake(out)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Final
 
 from ..errors import ProtocolError
 from ..wire.fields import Span
 from .intervals import IntervalSet
+
+BUSY_TIMES: Final = 4
+"""So many times later than otherwise is late while there is something else to send, or on a lane that moves."""
 
 MAX_DOUBLINGS: Final = 6
 """How often the patience for the next copy of a late span doubles."""
@@ -180,24 +183,32 @@ class Outgoing:
         for offset in sorted((o for o, span in self.in_flight.items() if span.lane == lane), reverse=True):
             self.lost.add(offset, self.in_flight.pop(offset).end)
 
-    def resend_late(self, late_after_s: float, now: float) -> list[int]:
+    def late_lanes(self, late_after_s: float, now: float) -> set[int]:
+        """The lanes with spans that `resend_late` would send again."""
+        return {span.lane for _, span in self._late(late_after_s, now, ())}
+
+    def resend_late(self, late_after_s: float, now: float, patient_with: Collection[int]) -> list[int]:
         """Queue copies of the last spans that may go, sent so long ago that their lanes must be slow; returns those.
 
         Each further copy waits twice as long (RFC 6298, 5.5): where it is the answers that do not come, copies help
         nobody.
         """
-        if self.verdict is not None or self.cursor < min(self.available, self.limit):
-            return []
-        late = [
-            (offset, span)
-            for offset, span in self.in_flight.items()
-            if span.sent_at <= now - late_after_s * 2 ** min(span.copies, MAX_DOUBLINGS)
-        ]
+        late = self._late(late_after_s, now, patient_with)
         for offset, span in late:
             span.sent_at = now  # the copy may be late as well
             span.copies += 1
             self.lost.add(offset, span.end)
         return [span.lane for _, span in late]
+
+    def _late(self, late_after_s: float, now: float, patient_with: Collection[int]) -> list[tuple[int, InFlight]]:
+        if self.verdict is not None or self.cursor < min(self.available, self.limit):
+            return []
+        late = []
+        for offset, span in self.in_flight.items():
+            times = 2 ** min(span.copies, MAX_DOUBLINGS) * (BUSY_TIMES if span.lane in patient_with else 1)
+            if span.sent_at <= now - late_after_s * times:
+                late.append((offset, span))
+        return late
 
     def lose_span(self, start: int, end: int) -> None:
         """Queue again what of ``[start, end)`` was sent and is not acknowledged."""

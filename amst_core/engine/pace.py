@@ -61,6 +61,11 @@ class AckTimer:
             self._smoothed += _ALPHA * (elapsed_s - self._smoothed)
 
     @property
+    def smoothed_s(self) -> float:
+        """The mean, the latest counting most; 0 before the first sample."""
+        return self._smoothed or 0.0
+
+    @property
     def late_after_s(self) -> float:
         """After so long without an acknowledgement a chunk is late."""
         if self._smoothed is None:

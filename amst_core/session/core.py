@@ -55,6 +55,7 @@ from .crew import Crew
 from .endpoints import Sink, Source
 from .inbox import Inbox
 from .ordered import OrderedSink, OrderedSource
+from .progress import LaneProgress
 from .room import NotYet, Room
 from .streams import Streams
 from .tickets import Ticket, guarded
@@ -183,6 +184,7 @@ class SessionCore:
         self._sinks: dict[int, Sink] = {}
         self._idle: list[LaneWorker] = []
         self._crew = Crew()
+        self._progress = LaneProgress()
         self._outbox: list[Message] = []
         self.draining = False  # what is open may end, nothing new is taken
         self.serving = 0  # requests of the peer under way that take their time
@@ -317,7 +319,9 @@ class SessionCore:
             return
         self._late_looked_at = now
         with self.lock:
-            self.engine.resend_late(now)
+            late = [self.lanes[lane] for lane in self.engine.late_lanes(now) if lane in self.lanes]
+            soon_through = self._progress.soon_through(late, self.engine.chunk_takes_s, now)
+            self.engine.resend_late(now, soon_through)
             path = max(self.lanes.values(), key=lambda lane: lane.bytes_sent, default=None)
             self._crew.found_path(None if path is None else path.lane.path_stats().min_rtt_s)
             if self._chunks.observe(self.engine.bytes_acknowledged, now):

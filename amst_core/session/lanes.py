@@ -58,6 +58,7 @@ class LaneWorker:
         self.stream: Stream | None = None  # once it has joined
         self.congestion: CongestionInForce = core.congestion.apply(lane)
         self.bytes_sent = 0
+        self.bytes_handed = 0  # payload that the lane got, or is getting, to send
         self.bytes_received = 0
         self.joined_at = time.monotonic()
         self.last_active = self.joined_at
@@ -141,6 +142,7 @@ class LaneWorker:
         header = FrameHeader(FrameKind.DATA, chunk.transfer, chunk.offset, chunk.length)
         view = source.view(chunk.offset, chunk.length)
         overhead = self._sealer.overhead
+        self.bytes_handed += chunk.length
         if self._span_sealer is not None and source.descriptor is not None and chunk.length >= SPAN_FROM:
             self._send_span(self._span_sealer.seal_unseen(header), chunk, source, source.descriptor)
         elif view is not None and not overhead:

@@ -102,6 +102,16 @@ def test_while_there_is_something_else_to_send_late_is_four_times_later() -> Non
     assert {engine.next_chunk(2, 0.81).again for _ in range(2)} == {True, False}
 
 
+def test_there_is_patience_with_a_lane_that_moves() -> None:
+    engine, _ = sent_over_two_lanes()
+    assert engine.late_lanes(0.19) == set()
+    assert engine.late_lanes(0.21) == {1}
+    engine.resend_late(0.79, {1})
+    assert engine.next_chunk(2, 0.79) is None
+    engine.resend_late(0.81, {1})
+    assert span_of(engine.next_chunk(2, 0.81)) == (0, 50)
+
+
 def test_a_copy_may_be_late_too() -> None:
     engine, _ = sent_over_two_lanes()
     engine.resend_late(0.21)
