@@ -215,12 +215,13 @@ class _Ahead:
         self._most = load.message * load.window
         self._least = min(self._most, max(_LEAST_AHEAD, metrics.active_streams * _PER_STREAM))
         self._largest = load.message
+        self._at_once = min(_AT_ONCE, load.window)
         self.size = self._most if (metrics.average_latency_s or 0.0) < _NEAR_S else self._least
 
     @property
     def message(self) -> int:
         """Bytes of the next message: a few of them are ahead at once."""
-        return min(self._largest, max(1, self.size // _AT_ONCE))
+        return min(self._largest, max(1, self.size // self._at_once))
 
     def arrived(self, size: int, elapsed_s: float) -> None:
         """A message of ``size`` bytes took so long."""
