@@ -24,7 +24,7 @@ from ..wire.messages import LaneRequest
 from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_policy, peer_limits, session_limits
 from .attempt import Attempt
 from .choice import TransportChoice
-from .congestion import asked_for, make_policy
+from .congestion import Controllers
 from .redial import Redialer
 
 
@@ -114,7 +114,8 @@ def _open(
     wants_plaintext = settings.security.plaintext if plaintext is None else plaintext
     if not (verify or wants_plaintext):
         raise UsageError("encrypted data is always verified: to verify none, ask for plaintext too (--plaintext)")
-    algorithm = asked_for(plugins, settings, congestion)
+    controllers = Controllers(plugins, settings)
+    algorithm = controllers.asked_for(settings, congestion)
     choice = TransportChoice(plugins, settings, endpoint, preferred=transport, required=require)
     token = token if token is not None else find_token()
     if token is None:
@@ -151,7 +152,7 @@ def _open(
             agreement.peer,
             peer=str(endpoint),
             is_opener=True,
-            congestion=make_policy(plugins, settings, algorithm),
+            congestion=controllers.policy(algorithm),
         )
     except BaseException:
         channel.close()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Final
 
-from ..congestion import AUTO, CongestionPolicy
-from ..errors import ConfigError, PluginError, UsageError
+from ..congestion import AUTO, NAME, CongestionPolicy
+from ..errors import AmstError, PluginError, UsageError
 from ..plugins import FIRST_PARTY, Plugins
 from ..settings.values import Settings
 
@@ -17,39 +16,64 @@ GROUP: Final = "amst.congestion"
 _MSS: Final = 1460  # a controller is only asked what the system calls it
 
 
-def asked_for(plugins: Plugins, settings: Settings, named: str | None) -> str:
-    """The controller that this side asks for: the one ``named``, else that of ``congestion.algorithm``.
+class Controllers:
+    """The congestion controllers that are installed, each made once to learn what the system calls it.
 
-    What only a file asks for and no plugin offers is a warning, and as if nothing had been asked for.
+    One that cannot be made is as good as absent: a warning tells why, and nobody who did not ask for it notices.
+    """
+
+    def __init__(self, plugins: Plugins, settings: Settings) -> None:
+        self._system_names: dict[str, str | None] = {}
+        self._broken: dict[str, str] = {}
+        for name in plugins.names(GROUP):
+            try:
+                if not NAME.fullmatch(name):
+                    raise PluginError(f"{name!r} is no name of a congestion control (it must match {NAME.pattern})")
+                made = plugins.controller(name, settings.plugins.get(name, {}), mss=_MSS)
+                self._system_names[name] = _checked(made.kernel_name)
+            except AmstError as err:
+                self._broken[name] = err.message
+                _log.warning("congestion control %s cannot be used: %s", name, err)
+
+    def asked_for(self, settings: Settings, named: str | None) -> str:
+        """The controller that this side asks for: the one ``named``, else that of ``congestion.algorithm``.
+
+        What only a file asks for and no plugin offers is a warning, and as if nothing had been asked for.
+
+        Raises:
+            UsageError: no installed plugin offers the one that is ``named``, or it cannot be used.
+        """
+        name = named if named is not None else settings.congestion.algorithm
+        if name == AUTO or name in self._system_names:
+            return name
+        why = self._why_not(name)
+        if named is not None:
+            raise UsageError(why)
+        _log.warning("%s (congestion.algorithm); the path decides", why)
+        return AUTO
+
+    def policy(self, asked: str) -> CongestionPolicy:
+        """The choice for the lanes of a session that asks for ``asked``."""
+        return CongestionPolicy(asked, self._system_names, self._broken)
+
+    def _why_not(self, name: str) -> str:
+        if name in self._broken:
+            return f"congestion control {name!r} cannot be used: {self._broken[name]}"
+        distribution = FIRST_PARTY.get((GROUP, name))
+        return (
+            f"no installed plugin offers congestion control {name!r}; installed:"
+            f" {', '.join(self._system_names) or 'none'}{f'; pip install {distribution}' if distribution else ''}"
+        )
+
+
+def _checked(kernel_name: object) -> str | None:
+    """What a plugin says that the system calls it.
 
     Raises:
-        UsageError: no installed plugin offers the one that is ``named``.
+        PluginError: that is no such name.
     """
-    name = named if named is not None else settings.congestion.algorithm
-    offered = plugins.names(GROUP)
-    if name == AUTO or name in offered:
-        return name
-    distribution = FIRST_PARTY.get((GROUP, name))
-    why = (
-        f"no installed plugin offers congestion control {name!r}; installed: {', '.join(offered) or 'none'}"
-        f"{f'; pip install {distribution}' if distribution else ''}"
-    )
-    if named is not None:
-        raise UsageError(why)
-    _log.warning("%s (congestion.algorithm); the path decides", why)
-    return AUTO
-
-
-def make_policy(plugins: Plugins, settings: Settings, asked: str) -> CongestionPolicy:
-    """The choice for the lanes of a session, among the controllers that are installed and work."""
-    return CongestionPolicy(asked, _system_names(plugins, settings))
-
-
-def _system_names(plugins: Plugins, settings: Settings) -> Mapping[str, str | None]:
-    names: dict[str, str | None] = {}
-    for name in plugins.names(GROUP):
-        try:
-            names[name] = plugins.controller(name, settings.plugins.get(name, {}), mss=_MSS).kernel_name
-        except (PluginError, ConfigError) as err:
-            _log.warning("congestion control %s cannot be used: %s", name, err)
-    return names
+    if kernel_name is None:
+        return None
+    if isinstance(kernel_name, str) and kernel_name.isascii() and kernel_name.isprintable() and kernel_name:
+        return kernel_name
+    raise PluginError(f"its kernel_name is {kernel_name!r}: it must be None or a name in ASCII")

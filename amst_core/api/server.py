@@ -34,7 +34,7 @@ from ..settings.values import Settings
 from ..wire.messages import LaneGrant
 from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_policy, session_limits
 from .choice import usable_transports
-from .congestion import asked_for, make_policy
+from .congestion import Controllers
 
 _log = logging.getLogger("amst.api")
 
@@ -103,7 +103,8 @@ class Server:
         self._root: Root | None = None
         if root is not None:
             self._root = Root(root, forbidden=[(held.st_dev, held.st_ino)], partials=partial_policy(settings))
-        self._congestion = asked_for(plugins, settings, None)
+        self._controllers = Controllers(plugins, settings)
+        self._congestion = self._controllers.asked_for(settings, None)
         self._transports = usable_transports(self._plugins, settings)
         self._advertised: dict[str, Advertisement] = {}
         self._by_tag: dict[int, Transport] = {}
@@ -323,9 +324,7 @@ class Server:
             agreement.peer,
             peer=peer,
             is_opener=False,
-            congestion=make_policy(
-                self._plugins, self._settings, self._congestion if self._congestion != AUTO else wish.congestion
-            ),
+            congestion=self._controllers.policy(self._congestion if self._congestion != AUTO else wish.congestion),
         )
         session = Session(
             core,

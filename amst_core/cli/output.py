@@ -103,7 +103,6 @@ def _lane(stream: StreamHealth) -> dict[str, object]:
     return {
         "id": stream.id,
         "transport": stream.transport,
-        "healthy": stream.healthy,
         "bytes_sent": stream.bytes_sent,
         "bytes_received": stream.bytes_received,
         "reconnects": stream.reconnects,

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from .account import FlowAccount
 from .delivery import DeliveryRateSampler, SentPacket
-from .policy import AUTO, CongestionPolicy
+from .policy import AUTO, NAME, CongestionPolicy
 from .windowed import WindowedMax, WindowedMin
 
 __all__ = [
     "AUTO",
+    "NAME",
     "CongestionPolicy",
     "DeliveryRateSampler",
     "FlowAccount",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 from ..errors import UnavailableError
@@ -14,6 +16,9 @@ _log = logging.getLogger("amst.session")
 
 AUTO: Final = "auto"
 """What asks for the controller that the path calls for."""
+
+NAME: Final = re.compile(r"(?!auto$)[a-z0-9][a-z0-9_.-]{0,62}")
+"""What a controller may be called, in settings and on the wire; a plugin with another name cannot be asked for."""
 
 FAR_S: Final = 0.010
 """A round trip from here on is no datacenter's (requirements F1): there loss does not mean that a queue is full."""
@@ -27,32 +32,43 @@ FALLBACK: Final = "cubic"
 class CongestionPolicy:
     """The choice for the lanes of one session. Any thread.
 
-    ``asked`` is the name of a controller, or `AUTO`; ``installed`` tells of each that a plugin offers what the system
-    calls it, None where no system has it. With `AUTO` the system's own stays where the one to be chosen is not
-    installed.
+    ``asked`` is the name of a controller, or `AUTO`, which one that is not there comes to as well; ``installed`` tells
+    of each that works what the system calls it, None where no system has it, and ``broken`` of the others why not. The
+    system's own stays where the one that the path calls for is not there.
     """
 
-    def __init__(self, asked: str, installed: Mapping[str, str | None]) -> None:
+    def __init__(
+        self, asked: str, installed: Mapping[str, str | None], broken: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self._asked = asked
         self._installed = installed
+        self._broken = broken
         self._lock = threading.Lock()
         self._told: set[tuple[str | None, str]] = set()
 
     def apply(self, lane: Lane) -> CongestionInForce:
         """Give ``lane`` its congestion control, by the system; what is refused falls back, and the result says why."""
-        name, why = (self._asked, "asked for") if self._asked != AUTO else self._by_path(lane)
-        said = [f"{name}, {why}"]
-        candidates = [] if self._asked == AUTO else [FALLBACK]
-        system_name = self._installed.get(name)
-        if system_name is not None:
-            candidates = list(dict.fromkeys((system_name, FALLBACK)))
-        elif name in self._installed:
-            said.append(f"no system has {name}")
+        name, why, said = self._asked, "asked for", []
+        if name != AUTO and name not in self._installed:
+            said.append(self._missing(name))
+        if said or name == AUTO:
+            name, why = self._by_path(lane)
+        said.append(f"{name}, {why}")
+        candidates, system_name = [], self._installed.get(name)
+        if name in self._installed:
+            candidates = list(dict.fromkeys((system_name or FALLBACK, FALLBACK)))
+            if system_name is None:
+                said.append(f"no system has {name}")
         else:
-            said.append(f"no installed plugin offers {name}")
+            said.append(self._missing(name))
         result = self._first_taken(lane, candidates, said)
         self._tell(result, kept=result.algorithm == system_name)
         return result
+
+    def _missing(self, name: str) -> str:
+        if name in self._broken:
+            return f"{name} is installed and cannot be used: {self._broken[name]}"
+        return f"no installed plugin offers {name}"
 
     def _by_path(self, lane: Lane) -> tuple[str, str]:
         stats = lane.path_stats()

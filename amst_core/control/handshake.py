@@ -6,14 +6,13 @@ session secret only after it has verified the other's proof. A refusal is CLOSE(
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from ..congestion import AUTO
+from ..congestion import AUTO, NAME
 from ..errors import AmstError, AuthError, BrokenError, ClosedError, ConnectError, ProtocolError, error_from_kind
 from ..interfaces import Advertisement
 from ..security import keys
@@ -34,8 +33,6 @@ SESSION: Final = "session"
 EPOCH: Final = "epoch"
 
 SESSION_ID_SIZE: Final = 16
-
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +343,7 @@ def _wish(attributes: Mapping[str, AttributeValue]) -> Wish:
         raise ProtocolError("HELLO attributes of the wrong type")
     assert isinstance(streams, int) and isinstance(transports, str), "looked at above"
     assert isinstance(plaintext, bool) and isinstance(verify, bool) and isinstance(congestion, str), "looked at above"
-    if not _NAME.fullmatch(congestion):
+    if congestion != AUTO and not NAME.fullmatch(congestion):
         raise ProtocolError("HELLO asks for a congestion control by what is no name")
     if not 0 <= streams <= 65535:
         raise ProtocolError(f"HELLO asks for {streams} streams")

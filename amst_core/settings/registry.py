@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
-from ..congestion import AUTO
+from ..congestion import AUTO, NAME
 from ..errors import UsageError
 from ..units import format_duration, format_size, parse_duration, parse_size
 
@@ -33,7 +33,6 @@ _HOUR_S: Final = 3600.0
 _DAY_S: Final = 24 * _HOUR_S
 
 _WHOLE: Final = re.compile(r"\+?[0-9]{1,18}")
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 _WORDS: Final = {
     "true": True, "yes": True, "on": True, "1": True,
     "false": False, "no": False, "off": False, "0": False,
@@ -135,7 +134,8 @@ class Key:
             word = value.strip().lower() if isinstance(value, str) else None
             return word if word in self.words else None
         if self.kind is Kind.NAME:
-            return value.strip() if isinstance(value, str) and _NAME.fullmatch(value.strip()) else None
+            word = value.strip() if isinstance(value, str) else ""
+            return word if word in self.words or NAME.fullmatch(word) else None
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return None
         if self.kind is Kind.DURATION:

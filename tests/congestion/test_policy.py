@@ -82,6 +82,17 @@ def test_auto_leaves_the_systems_own_where_the_plugin_is_not_installed():
     assert "no installed plugin offers bbr" in found.reason and "the system's own stays" in found.reason
 
 
+def test_one_that_is_not_there_is_as_if_the_path_decided():
+    found = CongestionPolicy("mine", BOTH).apply(Path(rtt_s=0.1))
+    assert (found.asked, found.algorithm) == ("mine", "bbr")
+    assert found.reason.startswith("no installed plugin offers mine; bbr, for the round trip")
+
+
+def test_one_that_is_broken_says_so():
+    found = CongestionPolicy("mine", BOTH, {"mine": "it needs numpy"}).apply(Path())
+    assert "mine is installed and cannot be used: it needs numpy" in found.reason
+
+
 def test_a_controller_that_no_system_has_falls_back():
     found = CongestionPolicy("mine", {"mine": None}).apply(Path())
     assert (found.asked, found.algorithm) == ("mine", "cubic")

@@ -9,7 +9,7 @@ import pytest
 
 import amst_core
 from amst_core.congestion import FlowAccount
-from amst_core.errors import UsageError
+from amst_core.errors import PluginError, UnavailableError, UsageError
 from amst_core.hookspecs import hookimpl
 from amst_core.interfaces import CongestionController
 from amst_core.plugins import Plugins
@@ -113,17 +113,37 @@ def test_a_lane_that_takes_the_place_of_another_runs_it_too(net):
     assert sum(stream.reconnects for stream in near.streams()) == 1
 
 
-def test_a_controller_that_cannot_be_made_is_as_good_as_absent(net, caplog):
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("no"), UnavailableError("it needs numpy"), PluginError("broken")], ids=lambda e: e.args[0]
+)
+def test_a_controller_that_cannot_be_made_disturbs_nobody_who_did_not_ask(net, caplog, fault):
     class Broken:
         @hookimpl
         def amst_make_controller(self, name, options, mss):
-            raise RuntimeError("no")
+            raise fault
 
     plugins = Plugins()
     plugins.register(Broken(), "amst.congestion", "broken")
-    near = net.connect(net.server(), plugins=plugins, congestion="broken")
+    server = net.server(plugins=plugins)
+    near = net.connect(server, plugins=plugins)
+    assert {one.congestion.asked for one in near.streams()} == {"auto"}
     assert "congestion control broken cannot be used" in caplog.text
-    assert all("no installed plugin offers broken" in one.congestion.reason for one in near.streams())
+    with pytest.raises(UsageError, match="congestion control 'broken' cannot be used"):
+        net.connect(server, plugins=plugins, congestion="broken")
+
+
+@pytest.mark.parametrize("kernel_name", [5, "", "br\nb", "\ud800"])
+def test_what_no_system_can_be_asked_for_is_refused_where_it_comes_from(net, caplog, kernel_name):
+    near = net.connect(net.server(), plugins=offering(odd=kernel_name))
+    assert near.streams()
+    assert "congestion control odd cannot be used: its kernel_name is" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["BBR2", "auto", "x" * 64, "ledbat++"])
+def test_a_plugin_with_a_name_that_cannot_be_asked_for_is_left_out(net, caplog, name):
+    near = net.connect(net.server(), plugins=offering(**{name: "reno"}))
+    assert near.streams()
+    assert f"{name!r} is no name of a congestion control" in caplog.text
 
 
 def test_amst_core_connect_takes_it():
