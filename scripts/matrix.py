@@ -36,8 +36,8 @@ def main() -> int:
         code = subprocess.run([*tox, *sys.argv[1:]], cwd=ROOT, check=False).returncode
     outcome = "passed" if code == 0 else "FAILED, which of them stands above"
     print("\n".join([f"matrix: {outcome}: {', '.join(ready) or 'nothing ran'}", *lacking]))
-    print("NOT RUN in the matrix: tests marked alone (tests/faults, tests/budget, others), tests/hostile and mutants "
-          "(make test runs them once); where bbr or cubic is installed, what cannot notice it")  # fmt: skip
+    print("NOT RUN in the matrix: tests marked alone (tests/faults, tests/budget, others), tests/hostile, mutants, "
+          "netlab (make test runs them once); where bbr or cubic is installed, what cannot notice it")  # fmt: skip
     return code
 
 
