@@ -338,6 +338,63 @@ def test_what_arrives_makes_timeouts_short_again() -> None:
     assert later[1] - later[0] == pytest.approx(first[1] - first[0], rel=0.05)
 
 
+def test_what_arrives_calls_back_a_timer_that_an_outage_had_put_off() -> None:
+    controller = Fixed(5)
+    simulation = Simulation(Link(RATE, 0.05))
+    simulation.add_flow(controller, mss=MSS)
+    for start, end in ((1.0, 11.0), (22.0, 30.0)):
+        simulation.at(start, lambda: simulation.link.set(loss=Bernoulli(1.0)))
+        simulation.at(end, lambda: simulation.link.set(loss=None))
+    simulation.run(until=29.0)
+    # The sixth timeout of the first outage, at 20 s, is followed by traffic; the timer stood at 39 s then.
+    times = [loss["now"] for loss in controller.losses]
+    heard = [sample.now for sample in controller.samples]
+    assert 19.9 < times[5] < 20.0 < heard[-1] < 22.11
+    assert times[6] == pytest.approx(heard[-1] + 0.101 + 0.2, abs=1e-3)
+
+
+def after_round_trips(*round_trips: float) -> tuple[Fixed, Flow]:
+    """A packet at a time, the first ones with these round trips, on a path that is told to have them in time."""
+    controller = Fixed(1)
+    simulation = Simulation(Link(RATE, 0.049, back=0.05))
+    flow = simulation.add_flow(controller, mss=MSS)
+    sent = 0.0
+    for taken, following in itertools.pairwise(round_trips):
+        simulation.at(sent + 0.01, lambda rtt=following: simulation.link.set(back=rtt - 0.05))
+        sent += taken
+    return controller, flow
+
+
+def test_the_retransmission_timeout_is_that_of_rfc_6298_where_round_trips_vary() -> None:
+    # By hand, from section 2.2 and 2.3, in ms; 4 * RTTVAR is above the least of 200 from the second one on:
+    #   R' = 100: RTTVAR =  50                                     SRTT = 100
+    #   R' = 260: RTTVAR = 3/4 * 50     + 1/4 * 160 =  77.5        SRTT = 7/8 * 100 + 1/8 * 260 = 120
+    #   R' = 200: RTTVAR = 3/4 * 77.5   + 1/4 *  80 =  78.125      SRTT = 7/8 * 120 + 1/8 * 200 = 130
+    #   R' = 410: RTTVAR = 3/4 * 78.125 + 1/4 * 280 = 128.59375    SRTT = 7/8 * 130 + 1/8 * 410 = 165
+    # RTO = 165 + 4 * 128.59375 = 679.375
+    controller, flow = after_round_trips(0.1, 0.26, 0.2, 0.41)
+    simulation = flow._simulation
+    simulation.at(0.9, lambda: simulation.link.set(loss=Bernoulli(1.0)))
+    simulation.run(until=4.0)
+    assert [sample.rtt for sample in controller.samples] == pytest.approx([0.1, 0.26, 0.2, 0.41])
+    assert flow.srtt == pytest.approx(0.165)
+    assert [loss["now"] for loss in controller.losses] == pytest.approx([0.97 + 0.679375, 0.97 + 3 * 0.679375])
+
+
+def test_a_retransmission_tells_no_round_trip_and_leaves_the_timeout_as_long_as_it_was() -> None:
+    # Karn's algorithm (RFC 6298, section 3 and 5.7). As above; only the first retransmission arrives, after 510 ms.
+    controller, flow = after_round_trips(0.1, 0.26, 0.2, 0.41, 0.51)
+    simulation = flow._simulation
+    for time, loss in ((0.9, Bernoulli(1.0)), (1.2, None), (2.0, Bernoulli(1.0))):
+        simulation.at(time, lambda loss=loss: simulation.link.set(loss=loss))
+    simulation.run(until=4.0)
+    arrived = 0.97 + 0.679375 + 0.51
+    assert controller.samples[-1].now == pytest.approx(arrived)
+    assert [sample.rtt for sample in controller.samples] == [*[pytest.approx(r) for r in (0.1, 0.26, 0.2, 0.41)], None]
+    assert (flow.rtt, flow.srtt) == (pytest.approx(0.41), pytest.approx(0.165))
+    assert [loss["now"] for loss in controller.losses] == pytest.approx([0.97 + 0.679375, arrived + 2 * 0.679375])
+
+
 def test_before_the_first_round_trip_a_timeout_takes_a_second() -> None:
     controller = Fixed(5)
     alone(controller, until=2.0, loss=Bernoulli(1.0))

@@ -377,7 +377,9 @@ class Flow:
                 error = rtt - srtt
                 self.srtt = srtt + error / 8
                 self._rttvar += ((error if error > 0 else -error) - self._rttvar) / 4
-            self._backoff = 1
+            if self._backoff > 1:
+                self._backoff = 1
+                self._arm_timer(now + self._rto())
         self.in_flight = in_flight
         lost = 0
         missing = self._missing
