@@ -724,6 +724,7 @@ def test_a_fluid_flow_and_a_flow_of_packets_agree() -> None:
         (lambda: GilbertElliott.of(loss=0.1, burst=0.5), "burst is 0.5"),
         (lambda: GilbertElliott.of(loss=0.9, burst=2), "longer bursts"),
         (lambda: Simulation(Link(RATE, 0.1), trace_interval=0), "trace_interval is 0"),
+        (lambda: Simulation(Simulation(Link(RATE, 0.1)).link), "make a new Link for each simulation"),
         (lambda: Simulation(Link(RATE, 0.1)).add_flow(Fixed(1), mss=0), "mss is 0"),
         (lambda: Simulation(Link(RATE, 0.1)).add_flow(Fixed(1), size=0), "size is 0"),
         (lambda: Simulation(Link(RATE, 0.1)).add_flow(Fixed(1), app_rate=0), "app_rate is 0"),

@@ -19,6 +19,7 @@ _ROUNDING: Final = 0.01
 class Link:
     """A queue that drops what does not fit, a wire of a rate, and the time to the receiver and back.
 
+    It has a state, and is for one simulation.
     Losses at random happen on the wire: what is lost has taken its share of the rate, and its place in the queue.
     Acknowledgements are not lost, take no rate, and come back in the order in which they left.
 
@@ -52,6 +53,7 @@ class Link:
         """The most bytes that ever waited."""
         self.idle_at = 0.0
         """When the last of what is queued will be on the wire; in the past: the link is idle."""
+        self._taken = False
         self._retime: Callable[[float], None] = lambda old_rate: None
         self._reseed: Callable[[], None] = lambda: None
         self.set(rate=rate, delay=delay, back=delay if back is None else back, buffer=buffer, loss=loss)

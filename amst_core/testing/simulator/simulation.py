@@ -24,12 +24,18 @@ class Simulation:
         trace_interval: seconds between the records of `Flow.trace`.
 
     Raises:
-        UsageError: the interval is not above 0.
+        UsageError: the interval is not above 0, or the link belongs to another simulation.
     """
 
     def __init__(self, link: Link, *, seed: int = 1, trace_interval: float = 0.1) -> None:
         if not trace_interval > 0:
             raise UsageError(f"simulation: trace_interval is {trace_interval!r}; it is seconds, above 0")
+        if link._taken:
+            raise UsageError(
+                "simulation: this link belongs to another simulation, with what is in its queue; "
+                "make a new Link for each simulation"
+            )
+        link._taken = True
         self.link = link
         self.seed = seed
         self.flows: list[Flow] = []
