@@ -17,6 +17,9 @@ _INITIAL_WINDOW: Final = 10
 class RenoController(CongestionController):
     """Slow start and congestion avoidance by bytes (RFC 5681, RFC 3465 with L = 2), one halving per flight (RFC 6582).
 
+    What is halved is the window, as in Linux (``tcp_reno_ssthresh``), not what is in flight (RFC 5681, equation 4): it
+    grows only while half of it is used. A mark counts as a loss (RFC 3168 6.1.2).
+
     Args:
         mss: bytes of a full packet.
     """
@@ -31,8 +34,8 @@ class RenoController(CongestionController):
         self._avoided = 0
         """Bytes acknowledged in congestion avoidance since the window last grew."""
         self._recovery_from = float("-inf")
-        self._room_left = False
-        """The sender had nothing to fill the window with when the last packet left (RFC 7661)."""
+        self._timed_out = False
+        """Nothing was acknowledged since the last timeout."""
         self._account = FlowAccount()
 
     @property
@@ -48,7 +51,13 @@ class RenoController(CongestionController):
 
     def on_ack(self, sample: AckSample) -> None:
         self._account.on_ack(sample)
-        if sample.sent_at <= self._recovery_from or sample.prior_in_flight + self._mss <= self._window // 2:
+        self._timed_out = False
+        if sample.sent_at < self._recovery_from:
+            return
+        if sample.ecn_ce:
+            self._halve(sample.now)
+            return
+        if sample.prior_in_flight + self._mss <= self._window // 2:
             return
         if self._ssthresh is None or self._window < self._ssthresh:
             self._window += min(sample.acked, 2 * self._mss)
@@ -61,12 +70,16 @@ class RenoController(CongestionController):
     def on_loss(self, *, now: float, sent_at: float, lost: int, in_flight: int, persistent: bool) -> None:
         self._account.on_loss(lost, in_flight)
         if persistent:
-            self._ssthresh = max(self._window // 2, 2 * self._mss)
+            if not self._timed_out:  # else what was sent again is lost again: ssthresh stays (RFC 5681 3.1)
+                self._halve(now)
             self._window = self._mss
-        elif sent_at > self._recovery_from:
-            self._ssthresh = self._window = max(self._window // 2, 2 * self._mss)
-        else:
-            return
+            self._recovery_from = now
+            self._timed_out = True
+        elif sent_at >= self._recovery_from:
+            self._halve(now)
+
+    def _halve(self, now: float) -> None:
+        self._ssthresh = self._window = max(self._window // 2, 2 * self._mss)
         self._recovery_from = now
         self._avoided = 0
 
