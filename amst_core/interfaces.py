@@ -177,7 +177,8 @@ class AckSample:
         now: when the acknowledgement arrived.
         sent_at: when the newest acknowledged packet left.
         acked: what it acknowledges for the first time, selectively or not.
-        lost: what is taken for lost at this acknowledgement; ``on_loss`` has told of it before.
+        lost: what is taken for lost at this acknowledgement; ``on_loss`` has told of it before. What a timer finds
+            between acknowledgements only ``on_loss`` tells of, so the sum of these is not all that was lost.
         rtt: of the newest acknowledged packet, None where it cannot be told (it was sent twice).
         in_flight: what is under way now; ``prior_in_flight`` what was before this acknowledgement.
         delivered: all that was ever acknowledged, ``acked`` included; ``prior_delivered`` the same when the newest

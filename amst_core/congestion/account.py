@@ -11,6 +11,9 @@ class FlowAccount:
     """The variables that all controllers export (`CongestionController.state`), kept from what they are told anyway.
 
     A controller passes on each of its three calls, and merges `state` into its own. Seconds, bytes, bytes/s.
+
+    ``lost``, and ``loss_rate`` with it, counts what was ever taken for lost: what arrives after all is in ``acked`` too
+    and is not taken back, for ``on_spurious_loss`` does not say how much it was.
     """
 
     __slots__ = ("acked", "bandwidth", "in_flight", "lost", "max_bandwidth", "min_rtt", "rtt", "sent")

@@ -48,7 +48,9 @@ class DeliveryRateSampler:
 
     Attributes:
         delivered: bytes acknowledged so far; ``delivered_at``: when the last of them were.
-        min_rtt: the shortest round trip seen, None before the first.
+        min_rtt: the shortest round trip ever seen, None before the first. Linux forgets it after 300 s
+            (``tcp_min_rtt_wlen``), here it stays: where a path becomes longer, rates over less than its new round trip
+            pass.
     """
 
     __slots__ = (
@@ -72,7 +74,11 @@ class DeliveryRateSampler:
         return self._app_limited_until > 0
 
     def on_sent(self, packet: SentPacket, *, now: float, prior_in_flight: int) -> None:
-        """``packet`` leaves; ``prior_in_flight`` does not count it."""
+        """``packet`` leaves; ``prior_in_flight`` does not count it.
+
+        When nothing is in flight, the time that counts begins anew. Linux (``tcp_rate_skb_sent``) asks for nothing
+        outstanding instead, what is known to be lost included: after a loss of all that was under way it goes on.
+        """
         if not prior_in_flight:
             self._first_sent_at = self.delivered_at = now
         packet.sent_at = now
