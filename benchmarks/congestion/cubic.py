@@ -121,9 +121,9 @@ def _by_packets(loss: BeginNear, rtt_s: float, losses: int) -> float:
     flow = simulation.add_flow(_controller(), mss=MSS)
     starts: list[tuple[float, int]] = []
     while len(starts) <= losses:
-        lost = flow.lost + flow.spurious
+        lost = flow.lost
         simulation.run(until=simulation.now + rtt_s)
-        if flow.lost + flow.spurious > lost:
+        if flow.lost > lost:
             starts.append((simulation.now, flow.delivered))
     (begin, before), (end, after) = starts[1], starts[-1]
     return (after - before) / ((end - begin) / rtt_s)
