@@ -96,6 +96,8 @@ class Feed:
         self.acked = 0
         self.lost = 0
         self._trial = trial
+        self._lost_since = 0
+        """Bytes that on_loss told of and no sample yet."""
         self._sampler = DeliveryRateSampler()
 
     def send(self, most: int = 4096) -> list[SentPacket]:
@@ -110,8 +112,9 @@ class Feed:
             packets.append(packet)
         return packets
 
-    def sample(self, packet: SentPacket, lost: int = 0) -> AckSample:
-        """That ``packet`` was acknowledged, not told yet."""
+    def sample(self, packet: SentPacket) -> AckSample:
+        """That ``packet`` was acknowledged, not told yet; it found out what was lost since the last one."""
+        lost, self._lost_since = self._lost_since, 0
         prior = self.in_flight + lost
         self.in_flight -= MSS
         self.acked += MSS
@@ -126,13 +129,14 @@ class Feed:
         """``packet`` is lost."""
         self.in_flight -= MSS
         self.lost += MSS
+        self._lost_since += MSS
         self.controller.on_loss(
             now=self.now, sent_at=packet.sent_at, lost=MSS, in_flight=self.in_flight, persistent=False
         )
 
     def time_out(self, newest: SentPacket) -> None:
         """Everything under way is lost."""
-        lost, self.in_flight = self.in_flight, 0
+        lost, self.in_flight, self._lost_since = self.in_flight, 0, 0
         self.lost += lost
         self.controller.on_loss(now=self.now, sent_at=newest.sent_at, lost=lost, in_flight=0, persistent=True)
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from ..interfaces import API_VERSION, AckSample, CongestionController
 from .conformance import Call, Conformance, ConformanceError, Counted, Rule, Trial, chosen
-from .controller_trial import BDP, DELAY, MSS, RATE, ControllerTrial, MakeController, shifted, tell
+from .controller_trial import BDP, DELAY, MSS, RATE, ControllerTrial, Feed, MakeController, shifted, tell
 from .simulator import Bernoulli, FluidFlow
 
 PATIENCE_S: Final = 60.0
@@ -270,12 +270,38 @@ def _once(t: ControllerTrial) -> None:
         feed.now += feed.rtt / 1000
         feed.lose(more)
         feed.ack(packet)
-    gone = (len(lost) - 1) * MSS
+    gone = len(lost) * MSS  # with the first one, of which a controller may take account with the next sample only
     t.check(
         feed.controller.window >= first - gone,
-        f"a window of at least {first} bytes, as after the flight's first loss, less {gone} that were lost since",
+        f"a window of at least {first} bytes, as after the flight's first loss, less {gone} that were lost",
         feed.controller.window,
     )  # fmt: skip
+    # The next flight begins with what left when the controller reacted: it makes no difference whether then, or after.
+    at_once, after = _next_flight(t, 0.0), _next_flight(t, Feed.rtt / 1e6)
+    t.check(
+        abs(at_once - after) <= MSS,
+        f"a window of {after} bytes when the next flight, which left at the time of the reaction, loses a packet, as "
+        "when it left a little later",
+        at_once,
+    )  # fmt: skip
+
+
+def _next_flight(t: ControllerTrial, after: float) -> int:
+    """The window when a flight lost a packet, and so did the next one, which left ``after`` seconds later."""
+    feed = t.feed()
+    feed.rounds(4)
+    packets = feed.send()
+    feed.now += feed.rtt
+    feed.lose(packets[0])
+    for packet in packets[1:]:
+        feed.ack(packet)
+    feed.now += after
+    packets = feed.send()
+    feed.now += feed.rtt
+    feed.lose(packets[0])
+    for packet in packets[1:]:
+        feed.ack(packet)
+    return feed.controller.window
 
 
 def _persistent(t: ControllerTrial) -> None:
@@ -409,7 +435,11 @@ CONTROLLER_RULES: Final[tuple[Rule[ControllerTrial], ...]] = (
     Rule("same-in-same-out", "two controllers that are told the same do the same: no clock, no chance", _same),
     Rule("any-clock-will-do", "when all times are later by a constant, nothing else changes", _any_clock),
     Rule("controllers-are-separate", "what one controller is told changes no other", _independent),
-    Rule("once-per-round-trip", "further losses of a flight cost no more than what was lost", _once),
+    Rule(
+        "once-per-round-trip",
+        "further losses of a flight cost no more than what was lost; the next flight begins with the reaction",
+        _once,
+    ),
     Rule("gives-up-on-timeouts", "persistent congestion leaves a window of at most 4 segments", _persistent),
     Rule("spurious-loss-costs-nothing", "on_spurious_loss never makes the window smaller", _spurious),
     Rule("starts-fast", "on a clear path the window is 4 times the initial one after ten round trips", _starts_fast),

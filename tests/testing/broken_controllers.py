@@ -11,12 +11,23 @@ from amst_core.interfaces import AckSample
 from amst_core.testing import RenoController
 
 MUTANTS: dict[str, type[RenoController]] = {}
+MORE: list[tuple[str, type[RenoController]]] = []
+"""Rules with faults of more kinds than one."""
 
 
 def breaks(rule: str) -> Any:
     def add(controller: type[RenoController]) -> type[RenoController]:
         assert rule not in MUTANTS
         MUTANTS[rule] = controller
+        return controller
+
+    return add
+
+
+def breaks_too(rule: str) -> Any:
+    def add(controller: type[RenoController]) -> type[RenoController]:
+        assert rule in MUTANTS
+        MORE.append((rule, controller))
         return controller
 
     return add
@@ -129,6 +140,24 @@ class OneWindowForAll(RenoController):
 class HalvesForEachLoss(RenoController):
     def on_loss(self, *, now: float, sent_at: float, lost: int, in_flight: int, persistent: bool) -> None:
         super().on_loss(now=now, sent_at=now, lost=lost, in_flight=in_flight, persistent=persistent)
+
+
+@breaks_too("once-per-round-trip")
+class HalvesForEachSampleThatHasLosses(RenoController):
+    def on_ack(self, sample: AckSample) -> None:
+        super().on_ack(sample)
+        if sample.lost:
+            self._halve(sample.now)
+
+
+@breaks_too("once-per-round-trip")
+class TakesTheNextFlightForTheLast(RenoController):
+    """After the reaction, not at or after."""
+
+    def on_loss(self, *, now: float, sent_at: float, lost: int, in_flight: int, persistent: bool) -> None:
+        if sent_at == self._recovery_from:
+            sent_at = float("-inf")
+        super().on_loss(now=now, sent_at=sent_at, lost=lost, in_flight=in_flight, persistent=persistent)
 
 
 @breaks("gives-up-on-timeouts")

@@ -33,10 +33,16 @@ def test_every_rule_of_controllers_has_a_mutant() -> None:
         rules(rules)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rule", NAMES)
-def test_a_broken_controller_is_refused_by_the_name_of_the_rule_and_of_none_before(rule: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "mutant"),
+    [*broken_controllers.MUTANTS.items(), *broken_controllers.MORE],
+    ids=lambda part: part if isinstance(part, str) else part.__name__,
+)
+def test_a_broken_controller_is_refused_by_the_name_of_the_rule_and_of_none_before(
+    rule: str, mutant: type[RenoController]
+) -> None:
     with pytest.raises(ConformanceError) as caught:
-        check_controller(broken_controllers.MUTANTS[rule])
+        check_controller(mutant)
     assert caught.value.rule == rule, caught.value
     assert caught.value.expected and caught.value.seen
 
