@@ -121,8 +121,8 @@ def test_packets_are_conserved_until_what_was_sent_after_the_loss_is_acknowledge
 
 def test_more_losses_than_the_window_has_leave_a_segment_to_grow_from(feed):
     feed.ack()
-    feed.lose(10_000, in_flight=0, persistent=True)
-    feed.ack(20_000, lost=50_000, in_flight=0, sent_at=feed.now - 1)
+    feed.lose(100_000, in_flight=0, persistent=True)
+    feed.ack(20_000, lost=50_000, in_flight=0)
     assert feed.cc.window == 21_000
 
 
@@ -150,16 +150,93 @@ def test_a_timeout_leaves_one_segment_more_than_is_in_flight(feed):
     assert (feed.cc.pacing_rate, feed["btl_bw"]) == (rate, feed.RATE)
 
 
-def test_after_a_timeout_the_window_grows_from_four_segments_and_comes_back(feed):
+def test_after_a_timeout_the_window_grows_from_four_segments_until_all_that_was_under_way_is_delivered(feed):
     feed.cruise()
-    before, timeout = feed.cc.window, feed.now
-    feed.lose(feed.BDP, in_flight=0, persistent=True)
-    feed.ack(sent_at=timeout - 0.01, in_flight=0)
-    assert feed.cc.window == 4 * feed.MSS
-    feed.ack(2000, sent_at=timeout - 0.01, in_flight=0)
-    assert feed.cc.window == 6 * feed.MSS
-    feed.ack(sent_at=timeout, after=0.1, in_flight=0)
+    before = feed.cc.window
+    feed.lose(10_000, in_flight=0, persistent=True)
+    for count in range(1, 10):
+        feed.ack(sent_at=feed.now, after=0.1, in_flight=0)
+        assert (feed["recovery"], feed.cc.window) == ("timeout", (3 + count) * feed.MSS)
+    feed.ack(sent_at=feed.now, after=0.1, in_flight=0)
     assert (feed["recovery"], feed.cc.window) == ("open", before)
+
+
+def until_open(feed):
+    """How much is delivered until the timeout is over."""
+    before = feed.delivered
+    while feed["recovery"] == "timeout":
+        feed.ack(sent_at=feed.now, in_flight=0)
+    return feed.delivered - before
+
+
+def test_what_a_timeout_leaves_in_flight_must_be_delivered_too(feed):
+    feed.cruise()
+    feed.lose(4000, in_flight=6000, persistent=True)
+    assert until_open(feed) == 10_000
+
+
+def test_so_must_what_was_lost_before_and_has_not_left_again(feed):
+    feed.cruise()
+    feed.lose(5000, in_flight=5000)
+    feed.sent(size=2000, in_flight=7000)
+    feed.lose(7000, in_flight=0, persistent=True)
+    assert until_open(feed) == 10_000
+
+
+def test_what_left_again_long_ago_must_not(feed):
+    feed.cruise()
+    feed.lose(5000)
+    for _ in range(10):
+        feed.sent()
+    feed.ack(sent_at=feed.now)
+    feed.lose(7000, in_flight=0, persistent=True)
+    assert until_open(feed) == 7000
+
+
+def test_a_timeout_told_of_in_pieces_is_over_when_all_of_them_are_delivered(feed):
+    feed.cruise()
+    before = feed.cc.window
+    for left in (6000, 3000, 0):
+        feed.lose(3000, in_flight=left, persistent=True)
+    assert until_open(feed) == 9000
+    assert feed.cc.window == before
+
+
+def test_a_second_timeout_that_gives_up_what_left_again_takes_no_longer(feed):
+    feed.cruise()
+    feed.lose(10_000, in_flight=0, persistent=True)
+    feed.sent(in_flight=1000)
+    feed.lose(1000, in_flight=0, persistent=True)
+    assert until_open(feed) == 10_000
+
+
+def test_a_second_timeout_waits_for_what_is_new_too(feed):
+    feed.cruise()
+    feed.lose(5000, in_flight=0, persistent=True)
+    feed.sent(size=5000, in_flight=5000)
+    feed.ack(2000, in_flight=3000)
+    feed.sent(size=4000, in_flight=7000)
+    feed.lose(7000, in_flight=0, persistent=True)
+    assert until_open(feed) == 7000
+
+
+def test_losses_after_a_timeout_come_off_the_window_and_begin_no_recovery(feed):
+    feed.cruise()
+    feed.lose(50_000, in_flight=0, persistent=True)
+    feed.ack(20_000, sent_at=feed.now, after=0.1, in_flight=0)
+    assert feed.cc.window == 21_000
+    feed.lose(2000, sent_at=feed.now, in_flight=10_000)
+    feed.ack(5000, lost=2000, in_flight=5000)
+    assert (feed["recovery"], feed["packet_conservation"]) == ("timeout", 0)
+    assert feed.cc.window == 21_000 - 2000 + 5000
+
+
+def test_when_a_timeout_is_over_the_next_loss_begins_a_recovery(feed):
+    feed.cruise()
+    feed.lose(3000, in_flight=0, persistent=True)
+    until_open(feed)
+    feed.lose(sent_at=feed.now)
+    assert feed["recovery"] == "recovery"
 
 
 def test_a_timeout_in_startup_begins_the_count_of_full_rounds_anew(feed):
@@ -177,9 +254,10 @@ def test_two_timeouts_in_a_row_remember_the_window_of_before_the_first(feed):
     before = feed.cc.window
     for _ in range(3):
         feed.lose(1000, in_flight=0, persistent=True)
+        feed.sent(in_flight=1000)
         feed.now += 1
     feed.ack(sent_at=feed.now, in_flight=0)
-    assert feed.cc.window == before
+    assert (feed["recovery"], feed.cc.window) == ("open", before)
 
 
 def test_a_loss_that_was_none_gives_the_window_back_at_once(feed):
@@ -196,8 +274,10 @@ def test_a_timeout_that_was_none_gives_the_window_back_at_once(feed):
     feed.cruise()
     before = feed.cc.window
     feed.lose(feed.BDP, in_flight=0, persistent=True)
+    feed.ack(sent_at=feed.now, after=0.1, in_flight=0)
+    assert feed.cc.window == 4 * feed.MSS
     feed.cc.on_spurious_loss(now=feed.now)
-    assert feed.cc.window == before
+    assert (feed.cc.window, feed["recovery"]) == (before, "open")
 
 
 def test_a_loss_that_was_none_widens_nothing_in_probe_rtt(feed):

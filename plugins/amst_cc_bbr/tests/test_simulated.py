@@ -175,6 +175,24 @@ def test_a_path_that_is_gone_for_a_while_is_used_again():
     assert flow.goodput(12, 30) >= 0.9 * RATE
 
 
+def test_after_a_timeout_the_window_grows_no_faster_than_data_arrives_until_all_given_up_has():
+    """Nobody knows what the path is like now: here it has a twentieth of its rate."""
+    link = path()
+    simulation = Simulation(link, seed=1, trace_interval=0.02)
+    flow = simulation.add_flow(BbrController({}, mss=MSS), mss=MSS)
+    simulation.at(5.0, lambda: link.set(loss=Bernoulli(1.0)))
+    simulation.at(5.6, lambda: link.set(loss=None, rate=RATE / 20))
+    simulation.run(until=12)
+    after = between(flow.trace, 5, 12)
+    start = next(at for at, record in enumerate(after) if record.state["recovery"] == "timeout")
+    end = next(at for at, record in enumerate(after) if at > start and record.state["recovery"] != "timeout")
+    before = after[start - 1]
+    assert before.in_flight > 100 * MSS
+    for record in after[start:end]:
+        assert record.cwnd <= 4 * MSS + record.delivered - before.delivered
+    assert after[end].delivered - before.delivered >= before.in_flight
+
+
 def test_the_same_seeds_give_the_same_flow():
     first, again, other = (one(path(loss=0.01), seconds=8, options={"seed": seed}) for seed in (3, 3, 5))
     assert first.trace == again.trace

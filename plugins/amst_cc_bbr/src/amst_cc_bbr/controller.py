@@ -111,6 +111,8 @@ class BbrController(CongestionController):
         self._recovery = self._prior_recovery = _Recovery.OPEN
         self._reacted_at = -math.inf
         self._conserving = False
+        self._to_resend = 0
+        self._timeout_over_at = 0
 
         self._ran_out = False
         self._idle_restart = False
@@ -143,6 +145,7 @@ class BbrController(CongestionController):
     def on_sent(self, *, now: float, size: int, in_flight: int, app_limited: bool) -> None:
         """``size`` bytes left; after a pause for lack of data they leave at the bandwidth, without gain."""
         self._account.on_sent(size, in_flight)
+        self._to_resend = max(self._to_resend - size, 0)
         self._begin(now)
         ran_out, self._ran_out = self._ran_out, app_limited
         if in_flight > size or not (app_limited or ran_out):
@@ -158,7 +161,7 @@ class BbrController(CongestionController):
         self._account.on_ack(sample)
         self._begin(sample.now)
         self._delivered = sample.delivered
-        if self._recovery is not _Recovery.OPEN and sample.acked > 0 and sample.sent_at >= self._reacted_at:
+        if self._recovery is not _Recovery.OPEN and self._is_recovered(sample):
             self._recovery = _Recovery.OPEN
         self._update_model(sample)
         if not self._has_seen_rtt and sample.rtt is not None:
@@ -178,13 +181,17 @@ class BbrController(CongestionController):
         So a path that loses in every round trip conserves packets in the first of them only: Linux leaves a recovery
         when all that was lost has been sent again and acknowledged, and finds itself in the next at once.
 
-        ``persistent`` sets the window to one segment more than is in flight, and has Startup look anew for growth.
+        ``persistent`` sets the window to one segment more than is in flight, and has Startup look anew for growth. The
+        window of before is back when as much was delivered as had been under way or waited to be sent again (Linux
+        tcp_process_loss: all up to high_seq); losses until then come off the window, and begin no recovery.
         """
         self._account.on_loss(lost, in_flight)
+        self._to_resend += lost
         self._begin(now)
         if persistent:
             self._save_cwnd()
             self._recovery = self._prior_recovery = _Recovery.TIMEOUT
+            self._timeout_over_at = self._delivered + in_flight + self._to_resend
             self._reacted_at = now
             self._full_bandwidth = 0.0
             self._round_start = True
@@ -192,7 +199,7 @@ class BbrController(CongestionController):
             self._cwnd = in_flight + self._mss
         elif self._recovery is _Recovery.RECOVERY:
             self._reacted_at = now
-        elif sent_at >= self._reacted_at:
+        elif self._recovery is _Recovery.OPEN and sent_at >= self._reacted_at:
             self._save_cwnd()
             self._recovery = _Recovery.RECOVERY
             self._reacted_at = now
@@ -421,6 +428,11 @@ class BbrController(CongestionController):
         if not self._full_reached:
             return 0
         return min(self._aggregation.extra, int(self._bandwidth() * _MAX_AGGREGATION_S))
+
+    def _is_recovered(self, sample: AckSample) -> bool:
+        if self._recovery is _Recovery.TIMEOUT:
+            return sample.delivered >= self._timeout_over_at
+        return sample.acked > 0 and sample.sent_at >= self._reacted_at
 
     def _save_cwnd(self) -> None:
         if self._prior_recovery is _Recovery.OPEN and self._mode is not _Mode.PROBE_RTT:
