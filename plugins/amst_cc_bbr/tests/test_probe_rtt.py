@@ -156,6 +156,32 @@ def test_what_leaves_after_it_counts_as_ever(feed):
     assert feed["btl_bw"] == 5e5
 
 
+def unmeasured(feed):
+    """On to ProbeRTT with a bandwidth that is older than ten rounds: the next sample that counts replaces it."""
+    feed.cruise()
+    while feed.mode != "probe_rtt":
+        feed.round(1e5, rtt=0.12, app_limited=True)
+    assert feed["btl_bw"] == feed.RATE
+
+
+@pytest.mark.parametrize(("before", "counts"), [(1, True), (0, False)])
+def test_what_leaves_upon_the_acknowledgement_that_begins_it_is_the_first_that_does_not_count(feed, before, counts):
+    unmeasured(feed)
+    feed.ack(rate=5e5, prior_delivered=feed.delivered - before)
+    assert feed["btl_bw"] == (5e5 if counts else feed.RATE)
+
+
+@pytest.mark.parametrize(("after", "counts"), [(0, False), (1, True)])
+def test_what_leaves_when_all_in_flight_at_its_end_has_arrived_is_the_last_that_does_not_count(feed, after, counts):
+    unmeasured(feed)
+    leave(feed, rate=1e5, app_limited=True)
+    assert feed.mode == "probe_bw"
+    feed.ack(4 * feed.MSS, rate=1e5, app_limited=True)
+    last = feed.delivered
+    feed.ack(rate=5e5, prior_delivered=last + after)
+    assert feed["btl_bw"] == (5e5 if counts else feed.RATE)
+
+
 def test_after_idling_data_leaves_at_the_bandwidth_without_gain(feed):
     feed.drain()
     while feed["pacing_gain"] != 1.25:
