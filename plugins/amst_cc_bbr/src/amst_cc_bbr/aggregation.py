@@ -1,4 +1,4 @@
-"""How much more than expected is acknowledged at once (Linux bbr_update_ack_aggregation)."""
+"""How much more than expected is acknowledged at once (Linux 5.x, bbr_update_ack_aggregation)."""
 
 from __future__ import annotations
 

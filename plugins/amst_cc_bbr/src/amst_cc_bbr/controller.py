@@ -1,7 +1,8 @@
 """BBR, version 1: congestion control by a model of the path instead of by its losses.
 
-Linux net/ipv4/tcp_bbr.c in bytes and seconds; Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue
-14(5), 2016; draft-cardwell-iccrg-bbr-congestion-control-00. Where this differs from the kernel, the README says so.
+Linux net/ipv4/tcp_bbr.c (compared with torvalds/linux 02dc96ef6c25, of Linux 5.x) in bytes and seconds; Cardwell et
+al., "BBR: Congestion-Based Congestion Control", ACM Queue 14(5), 2016; draft-cardwell-iccrg-bbr-congestion-control-00.
+Where this differs from the kernel, the README says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a token-bucket policer is in the way, and how much it lets through (Linux bbr_lt_bw_sampling)."""
+"""Whether a token-bucket policer is in the way, and how much it lets through (Linux 5.x, bbr_lt_bw_sampling)."""
 
 from __future__ import annotations
 
