@@ -12,6 +12,7 @@ from ..memory import MemoryBudget, MemoryShare
 from ..session.core import SessionCore
 from ..session.session import SessionLimits
 from ..settings.values import Settings
+from .profiles import Profile
 
 
 def make_budget(settings: Settings, *, sessions: int = 1) -> MemoryBudget:
@@ -38,6 +39,7 @@ def make_core(
     peer: str,
     is_opener: bool,
     congestion: CongestionPolicy,
+    profile: Profile,
 ) -> SessionCore:
     """The core of a session, which closes ``memory`` when it ends."""
     return SessionCore(
@@ -47,7 +49,8 @@ def make_core(
         remote=peer_limits(peer_terms),
         memory=memory,
         max_message=settings.limits.max_message,
-        chunk_size=settings.transport.amst.chunk_size,
+        chunk_size=profile.chunk_size,
+        longest_chunk=profile.longest_chunk,
         park_timeout_s=settings.limits.handshake_timeout,
         session_timeout_s=settings.limits.session_timeout,
         fsync=Fsync(settings.files.fsync),

@@ -84,7 +84,7 @@ class TransportChoice:
             _log.warning("%s", self.reason)
         return common[0]
 
-    def opened(self, session: Session) -> None:
+    def opened(self, session: Session, mode: Mode) -> None:
         """A session came about; its end is told by `close`."""
         self._session = session
         self._plugins.notify(
@@ -92,7 +92,7 @@ class TransportChoice:
             session_id=session.id,
             peer=session.peer,
             transport=session.wanted_transport,
-            mode=Mode.DATACENTER.value,
+            mode=mode.value,
         )
 
     def close(self) -> None:

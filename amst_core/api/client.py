@@ -12,7 +12,7 @@ from ..control.channel import ControlChannel
 from ..endpoint import parse_endpoint
 from ..errors import AmstError, AuthError, BrokenError, ConnectError, DeadlineError, ProtocolError, UsageError
 from ..files.root import Root
-from ..interfaces import Endpoint, Mode
+from ..interfaces import Endpoint
 from ..plugins import Plugins
 from ..security.identity import find_token
 from ..security.tls import TlsStream, client_context
@@ -25,6 +25,7 @@ from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_
 from .attempt import Attempt
 from .choice import TransportChoice
 from .congestion import Controllers
+from .profiles import first_mode, profile
 from .redial import Redialer
 
 
@@ -48,7 +49,8 @@ def connect(
     Args:
         settings: as `load_settings` gives them; by default from the environment.
         token: the server's secret; by default ``AMST_TOKEN`` or the state directory's.
-        streams: how many to start with; by default ``transport.modes.datacenter_streams``.
+        streams: how many to start with; by default those of the mode that the round trip calls for
+            (``transport.modes``).
         transport: the one preferred; another one runs, with a reason, when it cannot be used.
         require: the one that must run.
         plaintext: whether data travels unencrypted (checked by CRC-32C); the server must allow it.
@@ -105,10 +107,9 @@ def _open(
     endpoint = parse_endpoint(address)
     settings = settings if settings is not None else load_settings()
     amst = settings.transport.amst
-    count = settings.transport.modes.datacenter_streams if streams is None else streams
-    if not amst.min_streams <= count <= amst.max_streams:
+    if streams is not None and not amst.min_streams <= streams <= amst.max_streams:
         raise UsageError(
-            f"{count} streams: {amst.min_streams} to {amst.max_streams} are possible (transport.amst.min_streams, "
+            f"{streams} streams: {amst.min_streams} to {amst.max_streams} are possible (transport.amst.min_streams, "
             "transport.amst.max_streams)"
         )
     wants_plaintext = settings.security.plaintext if plaintext is None else plaintext
@@ -141,7 +142,9 @@ def _open(
         release()
         raise
     try:
-        wish = handshake.Wish(wants_plaintext, count, tuple(choice.order), verify, algorithm)
+        begin = profile(first_mode(channel.rtt_s), settings)
+        count = begin.streams if streams is None else streams
+        wish = handshake.Wish(wants_plaintext, count, tuple(choice.order), verify, algorithm, begin.mode)
         memory = make_budget(settings).share()
         agreement = _agree(channel, token=token, wish=wish, terms=own_terms(memory), deadline=deadline)
         name = choice.settle([offer.transport for offer in agreement.peer.transports])
@@ -153,6 +156,7 @@ def _open(
             peer=str(endpoint),
             is_opener=True,
             congestion=controllers.policy(algorithm),
+            profile=begin,
         )
     except BaseException:
         channel.close()
@@ -167,7 +171,7 @@ def _open(
         verified=agreement.verified,
         root=files,
         limits=session_limits(settings),
-        mode=Mode.DATACENTER.value,
+        mode=begin.mode.value,
         on_lane_request=_lanes_wished,
         on_end=lambda _: release(),
     )
@@ -201,7 +205,7 @@ def _open(
             raise ConnectError(f"cannot open a stream to {endpoint}: {err}", peer=str(endpoint)) from err
         raise
     session.setup_seconds = time.monotonic() - started
-    choice.opened(session)
+    choice.opened(session, begin.mode)
     return session
 
 

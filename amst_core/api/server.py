@@ -21,7 +21,7 @@ from ..control.listener import Listener, Newcomer
 from ..endpoint import DEFAULT_PORT, parse_endpoint
 from ..errors import AmstError, AuthError, BusyError, ClosedError, DeadlineError, ProtocolError
 from ..files.root import Root
-from ..interfaces import Advertisement, Endpoint, Lane, Mode, Transport
+from ..interfaces import Advertisement, Endpoint, Lane, Transport
 from ..memory import MemoryShare
 from ..plugins import Plugins
 from ..process import Foreign, own
@@ -35,6 +35,7 @@ from ..wire.messages import LaneGrant
 from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_policy, session_limits
 from .choice import usable_transports
 from .congestion import Controllers
+from .profiles import profile
 
 _log = logging.getLogger("amst.api")
 
@@ -282,7 +283,7 @@ class Server:
             session_id=session.id,
             peer=peer,
             transport=session.wanted_transport,
-            mode=Mode.DATACENTER.value,
+            mode=agreement.wish.mode.value,
         )
         _log.info("session %s opened by %s", session.id[:8], peer)
         if self._on_session is not None:
@@ -325,6 +326,7 @@ class Server:
             peer=peer,
             is_opener=False,
             congestion=self._controllers.policy(self._congestion if self._congestion != AUTO else wish.congestion),
+            profile=profile(wish.mode, self._settings),
         )
         session = Session(
             core,
@@ -335,7 +337,7 @@ class Server:
             verified=agreement.verified,
             root=self._root,
             limits=session_limits(self._settings),
-            mode=Mode.DATACENTER.value,
+            mode=wish.mode.value,
             on_lane_request=lambda s, request: self._grant(s, request.count, request.transport, agreement),
             on_end=self._session_ended,
         )

@@ -21,6 +21,8 @@ from ..security.tls import TlsStream
 from ..wire.messages import MAX_RECORD, Message, RecordReader, encode
 
 _INT: Final = struct.Struct("@i")
+_RTT: Final = struct.Struct("=I")
+_RTT_AT: Final = 68  # tcpi_rtt, microseconds (include/uapi/linux/tcp.h)
 
 _READ_SIZE: Final = 16 << 10
 """About one TLS record; a larger buffer would be mapped, touched and unmapped again at every call."""
@@ -60,6 +62,15 @@ class ControlChannel:
         except OSError as err:
             raise BrokenError(f"control connection to {self.peer} failed: {err}", peer=self.peer) from err
         return str(host), int(port)
+
+    @property
+    def rtt_s(self) -> float | None:
+        """The round trip that the kernel has measured, which knows nothing of how busy the processes are."""
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RTT_AT + _RTT.size)
+            return float(_RTT.unpack_from(info, _RTT_AT)[0]) / 1e6 or None
+        except (OSError, struct.error):
+            return None
 
     @property
     def wants_write(self) -> bool:

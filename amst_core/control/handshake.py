@@ -14,7 +14,7 @@ from typing import Final, Protocol, TypeVar
 
 from ..congestion import AUTO, NAME
 from ..errors import AmstError, AuthError, BrokenError, ClosedError, ConnectError, ProtocolError, error_from_kind
-from ..interfaces import Advertisement
+from ..interfaces import Advertisement, Mode
 from ..security import keys
 from ..wire.fields import AttributeValue
 from ..wire.messages import PROTOCOL_VERSION, Close, Hello, Message, Params, Proof, Resume
@@ -29,10 +29,13 @@ TRANSPORTS: Final = "transports"
 PLAINTEXT: Final = "plaintext"
 VERIFY: Final = "verify"
 CONGESTION: Final = "congestion"
+MODE: Final = "mode"
 SESSION: Final = "session"
 EPOCH: Final = "epoch"
 
 SESSION_ID_SIZE: Final = 16
+
+_MODES: Final = frozenset(mode.value for mode in Mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Wish:
     transports: tuple[str, ...]  # in order of preference
     verify: bool = True  # by CRC-32C what travels in plaintext; the rest is verified anyway
     congestion: str = AUTO  # of what the server sends
+    mode: Mode = Mode.DATACENTER  # what the path looks like to the client
 
     @property
     def verified(self) -> bool:
@@ -121,6 +125,7 @@ def connect(channel: ControlChannel, *, token: bytes, wish: Wish, terms: Terms, 
             PLAINTEXT: wish.plaintext,
             VERIFY: wish.verified,
             CONGESTION: wish.congestion,
+            MODE: wish.mode.value,
         },
         deadline,
     )
@@ -337,17 +342,20 @@ def _wish(attributes: Mapping[str, AttributeValue]) -> Wish:
     plaintext = attributes.get(PLAINTEXT, False)
     verify = attributes.get(VERIFY, True)
     congestion = attributes.get(CONGESTION, AUTO)
-    software = attributes.get(SOFTWARE, "")
-    known = (type(streams), type(transports), type(plaintext), type(verify), type(congestion), type(software))
-    if known != (int, str, bool, bool, str, str):  # a truth value is an int for isinstance
+    mode = attributes.get(MODE, Mode.DATACENTER.value)
+    texts = (transports, congestion, mode, attributes.get(SOFTWARE, ""))
+    # a truth value is an int for isinstance
+    if type(streams) is not int or {type(plaintext), type(verify)} != {bool} or {*map(type, texts)} != {str}:
         raise ProtocolError("HELLO attributes of the wrong type")
     assert isinstance(streams, int) and isinstance(transports, str), "looked at above"
     assert isinstance(plaintext, bool) and isinstance(verify, bool) and isinstance(congestion, str), "looked at above"
+    if mode not in _MODES:
+        raise ProtocolError("HELLO names a mode that does not exist")
     if congestion != AUTO and not NAME.fullmatch(congestion):
         raise ProtocolError("HELLO asks for a congestion control by what is no name")
     if not 0 <= streams <= 65535:
         raise ProtocolError(f"HELLO asks for {streams} streams")
-    return Wish(plaintext, streams, tuple(filter(None, transports.split(","))), verify, congestion)
+    return Wish(plaintext, streams, tuple(filter(None, transports.split(","))), verify, congestion, Mode(mode))
 
 
 def _resuming(attributes: Mapping[str, AttributeValue]) -> tuple[str, int] | None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-MOST: Final = 4 << 20
-"""Bytes of the longest chunk that is chosen by itself; beyond, caches lose more than fewer hand-overs gain."""
-
 MOST_TIMES: Final = 4
 """How many times the configured size a chunk may become."""
 
@@ -21,12 +18,12 @@ _LEAST_S: Final = 0.05
 class ChunkTuner:
     """Chooses the size of chunks (bytes) from the rate at which the peer acknowledges them.
 
-    Never less than what is ``configured``, never more than ``most`` or `MOST`. Sans-IO; the caller serialises calls.
+    Never less than what is ``configured``, never more than ``most``. Sans-IO; the caller serialises calls.
     """
 
     def __init__(self, configured: int, *, most: int) -> None:
         self.configured = configured
-        self._most = max(configured, min(most, MOST, MOST_TIMES * configured))
+        self._most = max(configured, min(most, MOST_TIMES * configured))
         self._since: float | None = None
         self._acknowledged = 0
         self.size = configured

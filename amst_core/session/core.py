@@ -129,6 +129,7 @@ class SessionCore:
         memory: MemoryShare,
         max_message: int,
         chunk_size: int,
+        longest_chunk: int,
         park_timeout_s: float,
         session_timeout_s: float,
         fsync: Fsync,
@@ -165,7 +166,7 @@ class SessionCore:
         self.send_pool = memory.send_pool
         self.receive_pool = memory.receive_pool
         most = min(remote.max_chunk, memory.max_chunk)
-        self._chunks = ChunkTuner(min(chunk_size, most), most=most)
+        self._chunks = ChunkTuner(min(chunk_size, most), most=min(most, longest_chunk))
         self.engine.chunk_size = self._chunks.size
         self.inbox = Inbox(
             self.lock,

@@ -182,6 +182,9 @@ KEYS: Final = (
     Key("transport.modes.datacenter_streams", Kind.COUNT, 16, low=1, high=512, example="32",
         help="Streams a session starts with in datacenter mode; from `transport.amst.min_streams` to"
              " `transport.amst.max_streams`, and the default moves into that range."),
+    Key("transport.modes.internet_streams", Kind.COUNT, 8, low=1, high=512, example="16",
+        help="Streams a session starts with in internet mode, which is that of a round trip above 50 ms; bounded as"
+             " `transport.modes.datacenter_streams` is."),
     Key("congestion.algorithm", Kind.NAME, AUTO, words=(AUTO,), example="bbr",
         help="Congestion control of each stream; auto takes it from the path: cubic below a round trip of 10 ms, else"
              " bbr. What the system refuses falls back to cubic, then to its own, and says so."),
@@ -227,6 +230,16 @@ RELATIONS: Final = (
         "transport.modes.datacenter_streams",
         "transport.amst.max_streams",
         yields="transport.modes.datacenter_streams",
+    ),
+    Relation(
+        "transport.amst.min_streams",
+        "transport.modes.internet_streams",
+        yields="transport.modes.internet_streams",
+    ),
+    Relation(
+        "transport.modes.internet_streams",
+        "transport.amst.max_streams",
+        yields="transport.modes.internet_streams",
     ),
     Relation("limits.max_message", "limits.memory", share=2, yields="limits.max_message"),
 )

@@ -28,6 +28,7 @@ class ModeSettings:
     """``transport.modes.*``: what each mode starts with."""
 
     datacenter_streams: int
+    internet_streams: int
 
 
 @dataclass(frozen=True, slots=True)
