@@ -51,6 +51,7 @@ def make_core(
         max_message=settings.limits.max_message,
         chunk_size=profile.chunk_size,
         longest_chunk=profile.longest_chunk,
+        shortest_chunk=profile.shortest_chunk,
         park_timeout_s=settings.limits.handshake_timeout,
         session_timeout_s=settings.limits.session_timeout,
         fsync=Fsync(settings.files.fsync),

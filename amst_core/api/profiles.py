@@ -13,17 +13,22 @@ FAR_S: Final = 0.050
 
 _INTERNET_CHUNK: Final = 256 << 10
 _INTERNET_LONGEST: Final = 512 << 10
+_INTERNET_SHORTEST: Final = 16 << 10
 _DATACENTER_LONGEST: Final = 4 << 20  # beyond, caches lose more than fewer hand-overs gain
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """``streams`` to begin with; ``chunk_size`` bytes, on a fast path up to ``longest_chunk``."""
+    """``streams`` to begin with; ``chunk_size`` bytes, on a fast path up to ``longest_chunk``.
+
+    On one that loses much down to ``shortest_chunk``; None: loss changes nothing.
+    """
 
     mode: Mode
     streams: int
     chunk_size: int
     longest_chunk: int
+    shortest_chunk: int | None
 
 
 def first_mode(rtt_s: float | None) -> Mode:
@@ -36,5 +41,6 @@ def profile(mode: Mode, settings: Settings) -> Profile:
     amst, modes = settings.transport.amst, settings.transport.modes
     if mode is Mode.INTERNET:
         # many small chunks: on a slow stream a long one holds up what comes after it
-        return Profile(mode, modes.internet_streams, min(amst.chunk_size, _INTERNET_CHUNK), _INTERNET_LONGEST)
-    return Profile(mode, modes.datacenter_streams, amst.chunk_size, _DATACENTER_LONGEST)
+        chunk_size = min(amst.chunk_size, _INTERNET_CHUNK)
+        return Profile(mode, modes.internet_streams, chunk_size, _INTERNET_LONGEST, _INTERNET_SHORTEST)
+    return Profile(mode, modes.datacenter_streams, amst.chunk_size, _DATACENTER_LONGEST, None)

@@ -50,10 +50,11 @@ from ..wire.fields import AttributeValue
 from ..wire.frames import FrameHeader, FrameKind, encode_ack
 from ..wire.messages import FILE, HOLD, HOLES, MESSAGE, PACK, SIZE_UNKNOWN, Ack, Close, Credit, LaneLost, Message, Open
 from .background import Background
-from .chunking import ChunkTuner
+from .chunking import STEP_S, ChunkTuner
 from .crew import Crew
 from .endpoints import Sink, Source
 from .inbox import Inbox
+from .loss import LossMeter
 from .ordered import OrderedSink, OrderedSource
 from .progress import LaneProgress
 from .room import NotYet, Room
@@ -130,6 +131,7 @@ class SessionCore:
         max_message: int,
         chunk_size: int,
         longest_chunk: int,
+        shortest_chunk: int | None,
         park_timeout_s: float,
         session_timeout_s: float,
         fsync: Fsync,
@@ -166,7 +168,9 @@ class SessionCore:
         self.send_pool = memory.send_pool
         self.receive_pool = memory.receive_pool
         most = min(remote.max_chunk, memory.max_chunk)
-        self._chunks = ChunkTuner(min(chunk_size, most), most=min(most, longest_chunk))
+        self._chunks = ChunkTuner(min(chunk_size, most), most=min(most, longest_chunk), least=shortest_chunk)
+        self._loss = LossMeter()
+        self._path_looked_at = 0.0
         self.engine.chunk_size = self._chunks.size
         self.inbox = Inbox(
             self.lock,
@@ -325,7 +329,14 @@ class SessionCore:
             self.engine.resend_late(now, soon_through)
             path = max(self.lanes.values(), key=lambda lane: lane.bytes_sent, default=None)
             self._crew.found_path(None if path is None else path.lane.path_stats().min_rtt_s)
-            if self._chunks.observe(self.engine.bytes_acknowledged, now):
+            changed = self._chunks.observe(self.engine.bytes_acknowledged, now)
+            if self._chunks.follows_path and now - self._path_looked_at >= STEP_S / 5:
+                self._path_looked_at = now
+                paths = {lane.id: lane.lane.path_stats() for lane in self.lanes.values()}
+                rtts = [stats.rtt_s for stats in paths.values() if stats.rtt_s is not None]
+                rtt_s = sum(rtts) / len(rtts) if rtts else None
+                changed |= self._chunks.observe_path(self._loss.look(paths), rtt_s, now)
+            if changed:
                 self._fit_chunks_locked()
             work = self._work_locked()
             self.kick_locked()
@@ -790,7 +801,7 @@ class SessionCore:
         size = min(self._chunks.size, most)
         if size == self.engine.chunk_size:
             return
-        if size < self._chunks.configured:
+        if size < self._chunks.size:
             _log.info("chunks of %d KiB for %d streams to fit limits.memory", size >> 10, len(self.lanes))
         else:
             _log.debug("chunks of %d KiB", size >> 10)

@@ -8,12 +8,10 @@ from typing import Final
 
 from ..interfaces import PathStats, SessionMetrics
 from .core import SessionCore
+from .loss import MIN_SEGMENTS
 
 _WINDOW_S: Final = 5.0
 _STEP_S: Final = 0.5
-
-MIN_SEGMENTS: Final = 1000
-"""Segments that must have been sent before a loss rate means anything."""
 
 
 class Telemetry:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from amst_core.interfaces import PathStats
 from amst_core.session.chunking import ChunkTuner
+from amst_core.session.loss import LossMeter
 
 MIB = 1 << 20
 
@@ -62,6 +64,64 @@ def test_looking_twice_at_once_says_nothing() -> None:
     tuner.observe(0, 0.0)
     assert not tuner.observe(1 << 40, 0.001)
     assert tuner.size == MIB
+
+
+# ---- by loss and delay (requirements D3) -----------------------------------------------------------
+
+
+def steps(tuner: ChunkTuner, loss: float | None, rtt_s: float | None, *, seconds: int, start: float = 0.0) -> list[int]:
+    """The sizes in KiB that it takes in so long, looked at every second."""
+    sizes = []
+    for second in range(seconds):
+        if tuner.observe_path(loss, rtt_s, start + second):
+            sizes.append(tuner.size >> 10)
+    return sizes
+
+
+def internet() -> ChunkTuner:
+    return ChunkTuner(256 << 10, most=512 << 10, least=16 << 10)
+
+
+def test_much_loss_shrinks_chunks_one_step_in_five_seconds() -> None:
+    assert steps(internet(), 0.06, 0.05, seconds=11) == [128, 64, 32]
+    assert steps(internet(), 0.06, 0.05, seconds=60) == [128, 64, 32, 16], "and no further"
+
+
+def test_little_loss_on_a_short_way_lets_them_grow() -> None:
+    tuner = internet()
+    assert steps(tuner, 0.06, 0.05, seconds=6) == [128, 64]
+    assert steps(tuner, 0.005, 0.05, seconds=60, start=100) == [128, 256, 512]
+
+
+@pytest.mark.parametrize(("loss", "rtt_s"), [(0.03, 0.05), (0.005, 0.1), (0.005, None), (None, 0.05)])
+def test_between_and_where_nothing_is_known_they_stay(loss: float | None, rtt_s: float | None) -> None:
+    assert steps(internet(), loss, rtt_s, seconds=30) == []
+
+
+def test_they_are_never_so_short_that_their_number_limits() -> None:
+    tuner = internet()
+    steps(tuner, 0.06, 0.05, seconds=60)
+    run(tuner, 700 * (64 << 10))
+    assert tuner.size == 64 << 10
+
+
+def test_without_a_least_size_loss_changes_nothing() -> None:
+    tuner = ChunkTuner(MIB, most=MIB)
+    assert not tuner.follows_path
+    assert steps(tuner, 0.5, 0.05, seconds=30) == []
+
+
+def test_loss_is_of_what_was_sent_since_the_last_answer() -> None:
+    meter = LossMeter()
+
+    def look(**lanes: tuple[int | None, int | None]) -> float | None:
+        paths = enumerate(PathStats(segments_sent=sent, segments_retransmitted=again) for sent, again in lanes.values())
+        return meter.look(dict(paths))
+
+    assert look(a=(5000, 5000), b=(0, 0)) is None, "what was before the first look does not count"
+    assert look(a=(5900, 5009), b=(0, 0)) is None, "too little to tell"
+    assert look(a=(6000, 5010), b=(1000, 90)) == pytest.approx(0.05)
+    assert look(a=(7000, 5010), b=(None, None)) == 0.0
 
 
 @pytest.mark.needs_transport
