@@ -125,6 +125,15 @@ def entry(data: bytes) -> None:
     assert entries.display_path(data).isprintable()
 
 
+def table(data: bytes) -> None:
+    """The entries of a pack. What is taken can be written again, and says the same."""
+    with suppress(AmstError):
+        found = entries.decode_table(data)
+        again = b"".join(entries.encode_row(each, each.path) for each in found)
+        assert entries.decode_table(again) == found
+        assert all(entries.split_path(each.path) or not each.path for each in found)
+
+
 class _Page:
     """Answers a request for a list with the same page again and again."""
 
@@ -745,7 +754,7 @@ def engine(data: bytes) -> None:
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     target.__name__: target
     for target in (
-        message, records, frame, acknowledgement, entry, page, journal_file, bench, listener, handshake_server,
+        message, records, frame, acknowledgement, entry, table, page, journal_file, bench, listener, handshake_server,
         handshake_client, engine,
     )
 }  # fmt: skip
@@ -759,6 +768,13 @@ _LISTED: Final[tuple[dict[str, Any], ...]] = (
     {"path": b"a", "type": "file", "mode": 0o644, "mtime_ns": -1, "size": 5},
     {"path": b"b", "type": "symlink", "mode": 0o777, "mtime_ns": 1, "size": 0, "target": b"/x"},
     {"path": b"b/c", "kind": "refused", "message": "no"},
+)
+
+
+_PACKED: Final = (
+    entries.Entry(b"d/a", entries.EntryType.FILE, 0o644, -1, 5),
+    entries.Entry(b"d", entries.EntryType.DIRECTORY, 0o755, 1 << 60),
+    entries.Entry(b"e\xff", entries.EntryType.SYMLINK, 0o777, 0, 0, b"../x"),
 )
 
 
@@ -788,6 +804,10 @@ def seeds(vectors: dict[str, Any]) -> dict[str, list[bytes]]:
             encode_ack(Ack(((1, 5, ((7, 9),)), (2, 0, ()))), Credit(((1, 1 << 40), (2, 7)))),
         ],
         "entry": [b"\0" + entry_attributes, b"a/b", b"../x", b".amst-x", b"/", b"a\0b", "é/\u2028".encode(), b"\xff"],
+        "table": [
+            b"".join(entries.encode_row(each, each.path) for each in chosen)
+            for chosen in (_PACKED, _PACKED[:1], _PACKED[::-1], ())
+        ],
         "page": [
             more + b"".join(map(requests.encode_entry, listed))
             for more, listed in (
