@@ -154,6 +154,7 @@ def test_a_private_server_is_on_loopback_and_knows_only_its_own_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AMST_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # nobody else's servers
     (tmp_path / "root").mkdir()
     (tmp_path / "file").write_bytes(b"content")
     with amst_core.listen("127.0.0.1:0") as usual, no_leftovers():
