@@ -385,6 +385,12 @@ def _words(err: BaseException) -> str:
     return f"{type(err).__name__}: {err}" if str(err) else type(err).__name__
 
 
+def how_to_get(group: str, name: str) -> str:
+    """The end of a message about a plugin that is not installed: how to install it, empty where it is none of ours."""
+    distribution = FIRST_PARTY.get((group, name))
+    return f"; pip install {distribution}" if distribution else ""
+
+
 def _missing(group: str, name: str, have: Sequence[str]) -> PluginError:
     message = f"no {_kind(group).noun} plugin {name!r} is installed (installed: {', '.join(have) or 'none'})"
     dist = FIRST_PARTY.get((group, name))

@@ -8,7 +8,7 @@ from typing import Final
 
 from ..errors import ConnectError, PluginError, UnavailableError, UsageError
 from ..interfaces import Candidate, Endpoint, Mode, Transport
-from ..plugins import FIRST_PARTY, Plugins
+from ..plugins import Plugins, how_to_get
 from ..session.session import Session
 from ..settings.values import Settings
 
@@ -30,11 +30,12 @@ class TransportChoice:
         self.reason = ""
         installed = plugins.names(TRANSPORT_GROUP)
         if required is not None and required not in installed:
-            raise UnavailableError(f"transport {required!r} is required and not installed{_hint(required)}")
+            advice = how_to_get(TRANSPORT_GROUP, required)
+            raise UnavailableError(f"transport {required!r} is required and not installed{advice}")
         if preferred is not None and preferred not in installed:
             raise UsageError(
                 f"no installed plugin offers transport {preferred!r}; installed: {', '.join(installed) or 'none'}"
-                f"{_hint(preferred)}"
+                f"{how_to_get(TRANSPORT_GROUP, preferred)}"
             )
         self.transports: dict[str, Transport] = {}
         candidates: list[Candidate] = []
@@ -131,8 +132,3 @@ def _no_transport(why_not: Mapping[str, str]) -> PluginError:
         reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items())
         return PluginError(f"no transport can be used here ({reasons})")
     return PluginError("no transport plugin is installed; install one, for example: pip install amst-tcp")
-
-
-def _hint(name: str) -> str:
-    distribution = FIRST_PARTY.get((TRANSPORT_GROUP, name))
-    return f"; pip install {distribution}" if distribution else ""

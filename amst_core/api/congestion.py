@@ -7,7 +7,7 @@ from typing import Final
 
 from ..congestion import AUTO, NAME, CongestionPolicy
 from ..errors import AmstError, PluginError, UsageError
-from ..plugins import FIRST_PARTY, Plugins
+from ..plugins import Plugins, how_to_get
 from ..settings.values import Settings
 
 _log = logging.getLogger("amst.api")
@@ -59,10 +59,9 @@ class Controllers:
     def _why_not(self, name: str) -> str:
         if name in self._broken:
             return f"congestion control {name!r} cannot be used: {self._broken[name]}"
-        distribution = FIRST_PARTY.get((GROUP, name))
         return (
             f"no installed plugin offers congestion control {name!r}; installed:"
-            f" {', '.join(self._system_names) or 'none'}{f'; pip install {distribution}' if distribution else ''}"
+            f" {', '.join(self._system_names) or 'none'}{how_to_get(GROUP, name)}"
         )
 
 
