@@ -191,7 +191,10 @@ def test_ctrl_c_on_a_terminal_reaches_the_command_once(amst: Shell) -> None:
 
 @needs_root
 def test_a_killed_lab_takes_its_command_along(amst: Shell) -> None:
-    with ended(amst.start("lab", "--far", "", "--", "sh", "-c", "echo $$; exec sleep 600")) as process:
+    # who is killed cannot remove the directory it made for the far host's server
+    amst.env["TMPDIR"] = str(amst.home)
+    started = amst.start("lab", "--far", "", "--", "sh", "-c", "echo $$; exec sleep 600")
+    with ended(started) as process:
         command = int(process.stdout.readline())
         process.kill()
         wait_until(lambda: not Path(f"/proc/{command}").exists() or " Z " in stat(command), "the command to end")
