@@ -140,6 +140,33 @@ class PathStats:
 
 
 @dataclass(frozen=True, slots=True)
+class FlowSample:
+    """What a lane's sending half has done so far and how it stands, for who paces a session by it.
+
+    Sizes in bytes, times in seconds; ``delivered``, ``sent`` and ``lost`` are totals since the lane opened.
+
+    Attributes:
+        delivered: acknowledged by the peer's end of the transport, in order or not.
+        sent: handed to the path, what went again included; ``lost``: what went again.
+        in_flight: on its way, as far as the sender knows.
+        window: how much the lane's own congestion control lets be in flight.
+        unsent: what waits in the lane for room in the window, or for its turn.
+        rtt_s: the smoothed round trip; ``min_rtt_s``: the shortest that the lane remembers.
+        mss: payload of a full segment.
+    """
+
+    delivered: int
+    sent: int
+    lost: int
+    in_flight: int
+    window: int
+    unsent: int
+    rtt_s: float
+    min_rtt_s: float
+    mss: int
+
+
+@dataclass(frozen=True, slots=True)
 class CongestionInForce:
     """Which congestion control limits what a lane sends.
 
@@ -300,6 +327,21 @@ class Lane(ABC):
             ClosedError: this side closed or aborted the lane.
         """
         raise UnavailableError(f"{self.description}: this kind of lane has no congestion control of the system's")
+
+    def set_pacing(self, rate: float | None) -> None:
+        """Spread what this lane sends so that it is at most ``rate`` bytes/s, from now on; None: no limit. Any thread.
+
+        It holds over any time longer than a few segments take, and never blocks who sets it. Here there is no pacing.
+
+        Raises:
+            UnavailableError: this kind of lane cannot be paced.
+            ClosedError: this side closed or aborted the lane.
+        """
+        raise UnavailableError(f"{self.description}: this kind of lane cannot be paced")
+
+    def flow_sample(self) -> FlowSample | None:
+        """How the sending half stands, cheap enough for a hundred calls a second; None where it is not known."""
+        return None
 
     def path_stats(self) -> PathStats:
         """Statistics of the path, cheap enough for ten calls a second; never raises."""

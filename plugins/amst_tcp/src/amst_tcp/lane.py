@@ -14,18 +14,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from amst_core.errors import AmstError, BrokenError, BusyError, ClosedError
-from amst_core.interfaces import FileSpan, LaneTimeouts, PathStats, Placer, StreamLane
+from amst_core.errors import AmstError, BrokenError, BusyError, ClosedError, UnavailableError
+from amst_core.interfaces import FileSpan, FlowSample, LaneTimeouts, PathStats, Placer, StreamLane
 
 from .congestion import choose_congestion
 from .dial import address_text
-from .tcpinfo import read_path_stats
+from .tcpinfo import read_flow, read_path_stats
 
 _KEEPALIVE_PROBES: Final = 6
 _KEEPALIVE_MAX_S: Final = 32767  # the kernel's bound of TCP_KEEPIDLE and TCP_KEEPINTVL
 _DISCARD_STEP: Final = 65536
 _DISCARD_STEPS: Final = 1024  # 64 MiB: above what a receive buffer holds by default
 _READ_STEP: Final = 65536
+_SO_MAX_PACING_RATE: Final = 47  # Python's socket module does not name it
+_UNPACED: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,27 @@ class TcpLane(StreamLane):
             if self._closed:
                 raise self._error("closed")
             return choose_congestion(self._sock, algorithm)
+
+    def set_pacing(self, rate: float | None) -> None:
+        """As promised, by SO_MAX_PACING_RATE: the kernel spaces segments out itself, with or without the fq qdisc.
+
+        The rate counts IP packets (kernel: ``sk_pacing_rate`` is divided by a packet's length in the queue).
+        """
+        value = _UNPACED if rate is None else max(1, min(int(rate), _UNPACED - 1))
+        with self._guard:
+            if self._closed:
+                raise self._error("closed")
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", value))
+            except OSError as err:
+                raise UnavailableError(f"{self._description}: the kernel does not pace: {err.strerror or err}") from err
+
+    def flow_sample(self) -> FlowSample | None:
+        with self._guard:
+            if not self._closed:
+                with suppress(OSError):
+                    return read_flow(self._sock)
+        return None
 
     def path_stats(self) -> PathStats:
         with self._guard:

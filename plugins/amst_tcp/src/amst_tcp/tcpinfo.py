@@ -10,7 +10,7 @@ import socket
 import struct
 from typing import Final
 
-from amst_core.interfaces import PathStats
+from amst_core.interfaces import FlowSample, PathStats
 
 from .congestion import congestion_of
 
@@ -36,6 +36,11 @@ _UNKNOWN_U32: Final = (1 << 32) - 1
 _UNKNOWN_U64: Final = (1 << 64) - 1
 _ASK_FOR: Final = 512
 """Bytes to ask for: more than any kernel returns today; it answers with what it has."""
+
+
+_FLOW: Final = struct.Struct("=16xI4x4I28xI8xI16xI40x2I4xI32xI")
+"""snd_mss, unacked, sacked, lost, retrans, rtt, snd_cwnd, total_retrans, notsent_bytes, min_rtt, data_segs_out,
+delivered: in one go, for `read_flow` is called often."""
 
 
 def read_path_stats(sock: socket.socket) -> PathStats:
@@ -80,4 +85,35 @@ def decode_tcp_info(info: bytes, *, congestion: str | None) -> PathStats:
         bytes_waiting=found["unacked"] * (mss or 1) if "unacked" in found else None,
         mss=mss,
         congestion=congestion,
+    )
+
+
+def read_flow(sock: socket.socket) -> FlowSample | None:
+    """How the sending half of a connected TCP socket stands; None on a kernel that does not tell (before 4.18).
+
+    Raises:
+        OSError: the socket is closed.
+    """
+    return decode_flow(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _FLOW.size))
+
+
+def decode_flow(info: bytes) -> FlowSample | None:
+    """Decode ``struct tcp_info`` as `FlowSample`; the kernel counts segments, and takes each for a full one."""
+    if len(info) < _FLOW.size:
+        return None
+    mss, unacked, sacked, lost, again, rtt_us, cwnd, retransmitted, unsent, min_rtt_us, sent, delivered = (
+        _FLOW.unpack_from(info)
+    )
+    if not (mss and rtt_us):
+        return None
+    return FlowSample(
+        delivered=delivered * mss,
+        sent=sent * mss,
+        lost=retransmitted * mss,
+        in_flight=max(0, unacked - sacked - lost + again) * mss,
+        window=cwnd * mss,
+        unsent=unsent,
+        rtt_s=rtt_us / 1e6,
+        min_rtt_s=(rtt_us if min_rtt_us in (0, _UNKNOWN_U32) else min_rtt_us) / 1e6,
+        mss=mss,
     )
