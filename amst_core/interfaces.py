@@ -173,14 +173,16 @@ class CongestionInForce:
     Attributes:
         asked: the controller that was asked for.
         algorithm: the one in force by its name in the system, as that reads back; None where there is none to be read.
-        backend: who runs it, ``kernel`` or ``userspace``; None where there is none.
+        backend: who limits the lane, ``kernel`` or ``userspace``; None where there is none.
         reason: why this one; what refused the others.
+        controller: the plugin that paces the session in user space, on top of ``algorithm``; None in the kernel.
     """
 
     asked: str
     algorithm: str | None
     backend: str | None
     reason: str
+    controller: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +340,13 @@ class Lane(ABC):
             ClosedError: this side closed or aborted the lane.
         """
         raise UnavailableError(f"{self.description}: this kind of lane cannot be paced")
+
+    def limit_unsent(self, nbytes: int) -> None:
+        """Have about so many bytes at most wait in the lane for room in its window, from now on; any thread.
+
+        What waits there no other lane can take over. A wish: a lane that cannot may leave things as they are; never
+        raises.
+        """
 
     def flow_sample(self) -> FlowSample | None:
         """How the sending half stands, cheap enough for a hundred calls a second; None where it is not known."""

@@ -23,6 +23,7 @@ LAYERS = (
     ("wire",),
     ("engine",),
     ("control", "files", "security", "settings", "plugins", "buffers", "memory", "congestion"),
+    ("pacing",),
     ("session",),
     ("api",),
     ("aio",),

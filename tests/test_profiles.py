@@ -28,17 +28,17 @@ def test_the_round_trip_decides(rtt_s: float | None, mode: str) -> None:
 )
 def test_by_default(mode: Mode, expected: tuple[object, ...]) -> None:
     found = profile(mode, load_settings(environ={}))
-    assert (found.streams, found.chunk_size, found.longest_chunk, found.shortest_chunk) == expected
+    assert (found.streams.start, found.chunk_size, found.longest_chunk, found.shortest_chunk) == expected
     assert found.mode is mode
 
 
 def test_settings_are_kept_to() -> None:
     asked = {"transport.modes.internet_streams": 12, "transport.amst.chunk_size_kb": 64}
     found = profile(Mode.INTERNET, load_settings(environ={}, overrides=asked))
-    assert (found.streams, found.chunk_size) == (12, 64 * KIB)
+    assert (found.streams.start, found.chunk_size) == (12, 64 * KIB)
 
 
 @pytest.mark.parametrize(("bound", "streams"), [("max_streams", 4), ("min_streams", 20)])
 def test_the_default_moves_into_the_bounds(bound: str, streams: int) -> None:
     found = load_settings(environ={}, overrides={f"transport.amst.{bound}": streams})
-    assert profile(Mode.INTERNET, found).streams == streams
+    assert profile(Mode.INTERNET, found).streams.start == streams

@@ -56,6 +56,7 @@ def make_core(
         session_timeout_s=settings.limits.session_timeout,
         fsync=Fsync(settings.files.fsync),
         congestion=congestion,
+        streams=profile.streams,
     )
 
 

@@ -35,6 +35,7 @@ def connect(
     settings: Settings | None = None,
     token: bytes | None = None,
     streams: int | None = None,
+    max_streams: int | None = None,
     transport: str | None = None,
     require: str | None = None,
     plaintext: bool | None = None,
@@ -49,8 +50,9 @@ def connect(
     Args:
         settings: as `load_settings` gives them; by default from the environment.
         token: the server's secret; by default ``AMST_TOKEN`` or the state directory's.
-        streams: how many to start with; by default those of the mode that the round trip calls for
-            (``transport.modes``).
+        streams: how many to use; by default the mode that the round trip calls for says how many to start with
+            (``transport.modes``), and the path how many it needs.
+        max_streams: how many it may become, instead of what the mode allows (16 where the round trip is above 50 ms).
         transport: the one preferred; another one runs, with a reason, when it cannot be used.
         require: the one that must run.
         plaintext: whether data travels unencrypted (checked by CRC-32C); the server must allow it.
@@ -77,6 +79,7 @@ def connect(
             settings=settings,
             token=token,
             streams=streams,
+            max_streams=max_streams,
             transport=transport,
             require=require,
             plaintext=plaintext,
@@ -94,6 +97,7 @@ def _open(
     settings: Settings | None,
     token: bytes | None,
     streams: int | None,
+    max_streams: int | None,
     transport: str | None,
     require: str | None,
     plaintext: bool | None,
@@ -142,8 +146,8 @@ def _open(
         release()
         raise
     try:
-        begin = profile(first_mode(channel.rtt_s), settings)
-        count = begin.streams if streams is None else streams
+        begin = profile(first_mode(channel.rtt_s), settings, streams=streams, max_streams=max_streams)
+        count = begin.streams.start
         wish = handshake.Wish(wants_plaintext, count, tuple(choice.order), verify, algorithm, begin.mode)
         memory = make_budget(settings).share()
         agreement = _agree(channel, token=token, wish=wish, terms=own_terms(memory), deadline=deadline)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from ..congestion import AUTO, NAME, CongestionPolicy
+from ..congestion import AUTO, NAME, Backend, CongestionPolicy
 from ..errors import AmstError, PluginError, UsageError
+from ..interfaces import CongestionController
 from ..plugins import Plugins, how_to_get
 from ..settings.values import Settings
 
@@ -14,6 +15,9 @@ _log = logging.getLogger("amst.api")
 
 GROUP: Final = "amst.congestion"
 _MSS: Final = 1460  # a controller is only asked what the system calls it
+
+_SESSION_MSS: Final = 4 * _MSS
+"""What counts as a segment where a controller paces a session: the least that it sends must do for several lanes."""
 
 
 class Controllers:
@@ -25,6 +29,8 @@ class Controllers:
     def __init__(self, plugins: Plugins, settings: Settings) -> None:
         self._system_names: dict[str, str | None] = {}
         self._broken: dict[str, str] = {}
+        self._plugins = plugins
+        self._settings = settings
         for name in plugins.names(GROUP):
             try:
                 if not NAME.fullmatch(name):
@@ -54,7 +60,18 @@ class Controllers:
 
     def policy(self, asked: str) -> CongestionPolicy:
         """The choice for the lanes of a session that asks for ``asked``."""
-        return CongestionPolicy(asked, self._system_names, self._broken)
+        congestion = self._settings.congestion
+        return CongestionPolicy(
+            asked,
+            self._system_names,
+            self._broken,
+            backend=Backend(congestion.backend),
+            base=congestion.base,
+            make=self._make,
+        )
+
+    def _make(self, name: str) -> CongestionController:
+        return self._plugins.controller(name, self._settings.plugins.get(name, {}), mss=_SESSION_MSS)
 
     def _why_not(self, name: str) -> str:
         if name in self._broken:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..interfaces import Mode
+from ..pacing import Range
 from ..settings.values import Settings
 
 FAR_S: Final = 0.050
 """A round trip above this is the internet's, as long as nothing more is known of the path (requirements F2)."""
 
+_INTERNET_LEAST: Final = 4
+_INTERNET_MOST: Final = 16
 _INTERNET_CHUNK: Final = 256 << 10
 _INTERNET_LONGEST: Final = 512 << 10
 _INTERNET_SHORTEST: Final = 16 << 10
@@ -19,13 +22,14 @@ _DATACENTER_LONGEST: Final = 4 << 20  # beyond, caches lose more than fewer hand
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """``streams`` to begin with; ``chunk_size`` bytes, on a fast path up to ``longest_chunk``.
+    """``streams``: how many to begin with, and how many there may be; ``chunk_size`` bytes, on a fast path up to
+    ``longest_chunk``.
 
     On one that loses much down to ``shortest_chunk``; None: loss changes nothing.
     """
 
     mode: Mode
-    streams: int
+    streams: Range
     chunk_size: int
     longest_chunk: int
     shortest_chunk: int | None
@@ -36,11 +40,24 @@ def first_mode(rtt_s: float | None) -> Mode:
     return Mode.INTERNET if rtt_s is not None and rtt_s > FAR_S else Mode.DATACENTER
 
 
-def profile(mode: Mode, settings: Settings) -> Profile:
-    """The profile of ``mode``; chunks are never longer than ``transport.amst.chunk_size_kb`` asks for at first."""
+def profile(mode: Mode, settings: Settings, *, streams: int | None = None, max_streams: int | None = None) -> Profile:
+    """The profile of ``mode``; chunks are never longer than ``transport.amst.chunk_size_kb`` asks for at first.
+
+    ``streams``: so many and no others; ``max_streams``: more than the mode has by itself, or fewer, as far as
+    ``transport.amst.max_streams`` goes.
+    """
     amst, modes = settings.transport.amst, settings.transport.modes
-    if mode is Mode.INTERNET:
+    internet = mode is Mode.INTERNET
+    if streams is not None:
+        range = Range(streams, streams, streams)
+    else:
+        start = modes.internet_streams if internet else modes.datacenter_streams
+        usual = max(start, _INTERNET_MOST if internet else amst.max_streams)
+        most = min(amst.max_streams, usual if max_streams is None else max_streams)
+        least = max(amst.min_streams, min(start, _INTERNET_LEAST if internet else 1))
+        range = Range(min(start, most), min(least, most), most)
+    if internet:
         # many small chunks: on a slow stream a long one holds up what comes after it
         chunk_size = min(amst.chunk_size, _INTERNET_CHUNK)
-        return Profile(mode, modes.internet_streams, chunk_size, _INTERNET_LONGEST, _INTERNET_SHORTEST)
-    return Profile(mode, modes.datacenter_streams, amst.chunk_size, _DATACENTER_LONGEST, None)
+        return Profile(mode, range, chunk_size, _INTERNET_LONGEST, _INTERNET_SHORTEST)
+    return Profile(mode, range, amst.chunk_size, _DATACENTER_LONGEST, None)

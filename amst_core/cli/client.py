@@ -93,6 +93,7 @@ def _session(
         settings=settings,
         token=token,
         streams=options.streams,
+        max_streams=options.max_streams,
         transport=options.transport,
         require=options.require,
         plaintext=True if plaintext else None,

@@ -188,6 +188,10 @@ def _add_client(parser: _Parser) -> None:
     parser.add_argument(
         "--streams", type=_streams, metavar="N|auto", help=f"streams to use, 1 to {MAX_STREAMS} (default: auto)"
     )
+    parser.add_argument(
+        "--max-streams", type=_max_streams, metavar="N",
+        help="most streams that auto may use (default: 16 on the internet, else transport.amst.max_streams)",
+    )  # fmt: skip
     parser.add_argument("--transport", metavar="NAME", help="transport to prefer; another is used where it will not do")
     parser.add_argument("--require", metavar="NAME", help="transport that must be used, or nothing is done (exit 8)")
     parser.add_argument(
@@ -374,6 +378,13 @@ def _streams(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_STREAMS):
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 1 to {MAX_STREAMS}")
     return int(text)
+
+
+def _max_streams(text: str) -> int:
+    count = _streams(text)
+    if count is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MAX_STREAMS}")
+    return count
 
 
 def _bwlimit(text: str) -> float:

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from .account import FlowAccount
 from .delivery import DeliveryRateSampler, SentPacket
-from .policy import AUTO, NAME, CongestionPolicy
+from .policy import AUTO, FAR_S, NAME, Backend, CongestionPolicy
 from .windowed import WindowedMax, WindowedMin
 
 __all__ = [
     "AUTO",
+    "FAR_S",
     "NAME",
+    "Backend",
     "CongestionPolicy",
     "DeliveryRateSampler",
     "FlowAccount",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
 from ..errors import UnavailableError
-from ..interfaces import CongestionInForce, Lane
+from ..interfaces import CongestionController, CongestionInForce, Lane
 
 _log = logging.getLogger("amst.session")
 
@@ -29,18 +30,46 @@ FALLBACK: Final = "cubic"
 """What is tried where the system refuses the one asked for (requirements B2)."""
 
 
+_PACING_THEMSELVES: Final = frozenset({"bbr", "bbr2", "bbr3"})
+
+BASES: Final = ("cubic", "reno")
+"""What runs in the kernel under a session that is paced in user space, where its own is bbr, which paces as well."""
+
+
+class Backend(enum.StrEnum):
+    """Who limits a lane: the system, or the controller in user space that paces the session."""
+
+    AUTO = "auto"
+    """The system where it has the controller, else user space."""
+    KERNEL = "kernel"
+    USERSPACE = "userspace"
+
+
 class CongestionPolicy:
     """The choice for the lanes of one session. Any thread.
 
     ``asked`` is the name of a controller, or `AUTO`, which one that is not there comes to as well; ``installed`` tells
     of each that works what the system calls it, None where no system has it, and ``broken`` of the others why not. The
     system's own stays where the one that the path calls for is not there.
+
+    Of a controller in user space ``make`` makes one for a session; ``base`` is what then runs in the system, `AUTO` its
+    own unless that is bbr.
     """
 
     def __init__(
-        self, asked: str, installed: Mapping[str, str | None], broken: Mapping[str, str] = MappingProxyType({})
+        self,
+        asked: str,
+        installed: Mapping[str, str | None],
+        broken: Mapping[str, str] = MappingProxyType({}),
+        *,
+        backend: Backend = Backend.KERNEL,
+        base: str = AUTO,
+        make: Callable[[str], CongestionController] | None = None,
     ) -> None:
         self._asked = asked
+        self._backend = backend if make is not None else Backend.KERNEL
+        self._base = base
+        self._make = make
         self._installed = installed
         self._broken = broken
         self._lock = threading.Lock()
@@ -55,6 +84,11 @@ class CongestionPolicy:
             name, why = self._by_path(lane)
         said.append(f"{name}, {why}")
         candidates, system_name = [], self._installed.get(name)
+        if name in self._installed and self._backend is not Backend.KERNEL:
+            result = self._in_user_space(lane, name, system_name, said)
+            if result is not None:
+                self._tell(result, kept=True)
+                return result
         if name in self._installed:
             candidates = list(dict.fromkeys((system_name or FALLBACK, FALLBACK)))
             if system_name is None:
@@ -64,6 +98,47 @@ class CongestionPolicy:
         result = self._first_taken(lane, candidates, said)
         self._tell(result, kept=result.algorithm == system_name)
         return result
+
+    def make_controller(self, name: str) -> CongestionController:
+        """One that paces a session in user space, of those that `apply` has named."""
+        assert self._make is not None, "apply names none where none can be made"
+        return self._make(name)
+
+    def _in_user_space(
+        self, lane: Lane, name: str, system_name: str | None, said: list[str]
+    ) -> CongestionInForce | None:
+        """The lane as one that user space paces; None where the system has the controller, or it cannot be paced."""
+        if self._backend is Backend.AUTO:
+            if name == FALLBACK:
+                return None  # under itself it would back off twice
+            if system_name is not None:
+                try:
+                    algorithm = lane.set_congestion(system_name)
+                except UnavailableError as err:
+                    said.append(err.message)
+                else:
+                    return CongestionInForce(self._asked, algorithm, "kernel", "; ".join(said))
+        if lane.flow_sample() is None:
+            said.append("this kind of lane tells too little to be paced in user space")
+            return None
+        try:
+            lane.set_pacing(None)
+        except UnavailableError as err:
+            said.append(err.message)
+            return None
+        base = self._take_base(lane, said)
+        said.append(f"paced in user space over the system's {base}")
+        return CongestionInForce(self._asked, base, "userspace", "; ".join(said), name)
+
+    def _take_base(self, lane: Lane, said: list[str]) -> str | None:
+        own = lane.path_stats().congestion
+        wanted = (self._base,) if self._base != AUTO else BASES if own in _PACING_THEMSELVES else ()
+        for candidate in wanted:
+            try:
+                return lane.set_congestion(candidate)
+            except UnavailableError as err:
+                said.append(err.message)
+        return own
 
     def _missing(self, name: str) -> str:
         if name in self._broken:

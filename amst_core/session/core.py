@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ..congestion import CongestionPolicy
+from ..congestion import FAR_S, CongestionPolicy
 from ..engine import Chunk, Engine, Limits, Placement, Verdict
 from ..engine.events import (
     LaneOvertaken,
@@ -46,6 +46,7 @@ from ..errors import (
 )
 from ..files.journal import Fsync
 from ..memory import MemoryShare
+from ..pacing import ControllerPacer, GuardPacer, Range, SessionPacer
 from ..wire.fields import AttributeValue
 from ..wire.frames import FrameHeader, FrameKind, encode_ack
 from ..wire.messages import FILE, HOLD, HOLES, MESSAGE, PACK, SIZE_UNKNOWN, Ack, Close, Credit, LaneLost, Message, Open
@@ -56,6 +57,7 @@ from .endpoints import Sink, Source
 from .inbox import Inbox
 from .loss import LossMeter
 from .ordered import OrderedSink, OrderedSource
+from .pacing import SessionPacing
 from .progress import LaneProgress
 from .room import NotYet, Room
 from .streams import Streams
@@ -136,6 +138,7 @@ class SessionCore:
         session_timeout_s: float,
         fsync: Fsync,
         congestion: CongestionPolicy,
+        streams: Range,
     ) -> None:
         self.peer = peer
         self.is_opener = is_opener
@@ -206,6 +209,10 @@ class SessionCore:
         self.wakeup = Wakeup()  # of the control loop
         memory.on_room = self.wakeup.set
         self._sleeps_until: float | None = None  # the control loop's timeout; None: it is awake
+        self.on_streams_wanted: Callable[[int], None] | None = None
+        self._pacing: SessionPacing | None = None
+        self._streams_range = streams
+        self._chunk_bound: int | None = None
         self._ended = threading.Event()
         self._end_callbacks: list[Callable[[], None]] = []
         self._acceptors[MESSAGE] = self.inbox.accept
@@ -446,6 +453,8 @@ class SessionCore:
                 if isinstance(source, OrderedSource):
                     source.opened(ticket)
                 self._outgoing[transfer] = _Outgoing(source, ticket)
+                if self._pacing is not None:
+                    self._pacing.wake()
                 work = self._work_locked()
                 self.kick_locked()
                 self.wake_locked()
@@ -679,10 +688,39 @@ class SessionCore:
             if self.most_wanted is not None and len(self.live_lanes_locked()) > self.most_wanted:
                 worker.leave_locked()  # it was asked for before fewer were wanted
             self._fit_chunks_locked()
+            self._pace_locked(worker)
             self.kick_locked()
             self.room.notify_all()
         if worker.stream.reconnects:
             _log.info("stream %d to %s is back over %s", worker.stream.id, self.peer, worker.lane.description)
+
+    def _pace_locked(self, worker: LaneWorker) -> None:
+        """Have the session paced, from the first lane on that needs it."""
+        if self._pacing is not None:
+            return
+        name = worker.congestion.controller
+        if name is not None:
+            pacer: SessionPacer = ControllerPacer(self.congestion.make_controller(name), self._streams_range)
+        else:
+            flow = worker.lane.flow_sample()
+            if flow is None or flow.min_rtt_s < FAR_S:
+                return
+            pacer = GuardPacer(self._streams_range)
+        self._pacing = SessionPacing(self, pacer)
+        self._pacing.start()
+
+    def bound_chunks(self, nbytes: int) -> None:
+        """Chunks are to be no longer than ``nbytes``, for what a lane has taken on cannot go by another."""
+        if nbytes != self._chunk_bound:
+            with self.lock:
+                self._chunk_bound = nbytes
+                self._fit_chunks_locked()
+
+    def want_streams(self, count: int, reason: str) -> None:
+        """So many lanes are the ones to have, for a reason; they come and go meanwhile."""
+        _log.info("%d streams to %s: %s", count, self.peer, reason)
+        if self.on_streams_wanted is not None:
+            self.on_streams_wanted(count)
 
     def lane_ended(self, worker: LaneWorker, error: AmstError | None, *, told: bool = False) -> None:
         """A lane left in an orderly way (``error`` None) or died; ``told``: the peer said so itself."""
@@ -799,6 +837,8 @@ class SessionCore:
         if not any(worker.needs_scratch for worker in self.lanes.values()):
             most = max(most, self._chunks.configured)  # only files do, and can wait for each other
         size = min(self._chunks.size, most)
+        if self._chunk_bound is not None:
+            size = min(size, self._chunk_bound)
         if size == self.engine.chunk_size:
             return
         if size < self._chunks.size:
@@ -1039,6 +1079,8 @@ class SessionCore:
             self._opened.notify_all()
             self.inbox.end_locked(error)
             self.wakeup.set()
+        if self._pacing is not None:
+            self._pacing.end()
         self.send_pool.close()
         self.receive_pool.close()
         for worker in lanes:
@@ -1048,9 +1090,7 @@ class SessionCore:
         # sources and sinks go when no lane touches them any more
         self.background.later(lambda: self._release(lanes, outgoing, sinks, error))
 
-    def _release(
-        self, lanes: list[LaneWorker], outgoing: list[_Outgoing], sinks: list[Sink], error: AmstError
-    ) -> None:
+    def _release(self, lanes: list[LaneWorker], outgoing: list[_Outgoing], sinks: list[Sink], error: AmstError) -> None:
         for worker in lanes:
             worker.join()
         for sink in sinks:

@@ -158,6 +158,7 @@ class Session:
         self._foreign: Foreign | None = None
         own(self)
         core.on_failed = self._session_failed
+        core.on_streams_wanted = self._streams_wanted
         core.on_released = lambda: on_end(self)
 
     def forked(self, foreign: Foreign) -> None:
@@ -249,9 +250,7 @@ class Session:
             )
         return view
 
-    def open_message(
-        self, view: memoryview, channel: str, *, when_room: Callable[[], None] | None = None
-    ) -> Ticket:
+    def open_message(self, view: memoryview, channel: str, *, when_room: Callable[[], None] | None = None) -> Ticket:
         """Send ``view`` as it is; with ``when_room`` without waiting: see `SessionCore.open`."""
         return self.core.open(
             MESSAGE,
@@ -383,16 +382,7 @@ class Session:
         core = self.core
         deadline = time.monotonic() + ADJUST_TIMEOUT_S
         with self._adjusting:
-            with core.lock:
-                core.check_open_locked()
-                core.most_wanted = count
-                missing = count - len(core.live_lanes_locked()) - core.coming
-                settled = core.total_lanes + core.failed_connections + core.refused_lanes
-                settled += core.coming + max(0, missing)
-            if missing > 0 and self.opener is not None:
-                self.opener.ask(missing, self.wanted_transport)
-            elif missing > 0:
-                core.tell(LaneRequest(count, self.wanted_transport))
+            settled = self._wish(count)
             with core.lock:
                 while True:
                     core.check_open_locked()
@@ -404,6 +394,32 @@ class Session:
                     if len(live) >= count or came >= settled or left <= 0:
                         return min(len(live), count)
                     core.room.wait(left)
+
+    def _wish(self, count: int) -> int:
+        """Ask for what is missing of ``count`` streams; how many will have come or failed when that has settled."""
+        core = self.core
+        with core.lock:
+            core.check_open_locked()
+            core.most_wanted = count
+            missing = count - len(core.live_lanes_locked()) - core.coming
+            settled = core.total_lanes + core.failed_connections + core.refused_lanes
+            settled += core.coming + max(0, missing)
+        if missing > 0 and self.opener is not None:
+            self.opener.ask(missing, self.wanted_transport)
+        elif missing > 0:
+            core.tell(LaneRequest(count, self.wanted_transport))
+        return settled
+
+    def _streams_wanted(self, count: int) -> None:
+        """The path calls for so many streams: ask for those that are missing, let the newest go that are too many."""
+        try:
+            with self._adjusting:
+                self._wish(count)
+                with self.core.lock:
+                    for worker in self.core.live_lanes_locked()[count:]:
+                        worker.leave_locked()
+        except AmstError as err:
+            _log.debug("%d streams to %s are not asked for: %s", count, self.peer, err)
 
     def health_check(self, timeout: float = HEALTH_TIMEOUT_S) -> HealthReport:
         """Ask the peer for a sign of life on every stream and wait for the answers.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
-from ..congestion import AUTO, NAME
+from ..congestion import AUTO, NAME, Backend
 from ..errors import UsageError
 from ..units import format_duration, format_size, parse_duration, parse_size
 
@@ -188,6 +188,13 @@ KEYS: Final = (
     Key("congestion.algorithm", Kind.NAME, AUTO, words=(AUTO,), example="bbr",
         help="Congestion control of each stream; auto takes it from the path: cubic below a round trip of 10 ms, else"
              " bbr. What the system refuses falls back to cubic, then to its own, and says so."),
+    Key("congestion.backend", Kind.WORD, Backend.AUTO.value, words=tuple(backend.value for backend in Backend),
+        example="userspace",
+        help="Who runs it: the kernel, or user space, which paces all streams of a session together and takes as many"
+             " as that needs; auto takes the kernel where it has the algorithm, else user space."),
+    Key("congestion.base", Kind.NAME, AUTO, words=(AUTO,), example="cubic",
+        help="What runs in the kernel under streams paced in user space; auto: the system's own, or where that is bbr"
+             " cubic, else reno."),
     Key("security.plaintext", Kind.FLAG, False, example="true",
         help="This side asks for plaintext data (checked by CRC-32C) instead of encryption."),
     Key("security.allow_plaintext", Kind.FLAG, False, example="true",

@@ -41,9 +41,13 @@ class TransportSettings:
 
 @dataclass(frozen=True, slots=True)
 class CongestionSettings:
-    """``congestion.*``: ``algorithm`` is ``auto`` or the name of a plugin."""
+    """``congestion.*``: ``algorithm`` is ``auto`` or the name of a plugin, ``backend`` a word of `Backend`, ``base``
+    ``auto`` or what the system calls a congestion control.
+    """
 
     algorithm: str
+    backend: str
+    base: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,7 @@ class TcpLane(StreamLane):
         _set_options(sock, timeouts, options)
         self._sock = sock
         self._timeouts = timeouts
+        self._notsent_lowat = options.notsent_lowat
         self._send_gate = threading.Lock()
         self._recv_gate = threading.Lock()
         self._guard = threading.RLock()  # re-entrant: a signal handler may abort what it interrupted
@@ -232,6 +233,13 @@ class TcpLane(StreamLane):
                 self._sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", value))
             except OSError as err:
                 raise UnavailableError(f"{self._description}: the kernel does not pace: {err.strerror or err}") from err
+
+    def limit_unsent(self, nbytes: int) -> None:
+        """As promised, by TCP_NOTSENT_LOWAT, and never above what the settings have."""
+        most = self._notsent_lowat
+        with self._guard, suppress(OSError):
+            if not self._closed and most:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, max(1, min(nbytes, most)))
 
     def flow_sample(self) -> FlowSample | None:
         with self._guard:

@@ -1,0 +1,157 @@
+"""One pace for all lanes of a session: the laws that hold kernel connections to what the path carries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from ..interfaces import CongestionController, FlowSample
+from .flow import SessionFlow
+from .queue import DRAIN_GAIN, QueueGuard
+from .sharing import shares
+from .streams import Range, RateTuner, StreamTuner, WindowTuner
+
+TICK_S: Final = 0.02
+"""How often the lanes are looked at; half of it on paths shorter than `SHORT_PATH_S`."""
+
+SHORT_PATH_S: Final = 0.02
+
+FREE: Final = 1.6
+"""Lanes whose windows allow less than so many times the bandwidth are not paced.
+
+A window grows only while it is what limits its lane (RFC 7661), so pacing would keep it from coming back.
+"""
+
+PROBE: Final = 1.25
+_LOSSY_S: Final = 2.0
+_LOSSY_ROUNDS: Final = 20
+_SEGMENT: Final = 1400
+_FULL_PATH: Final = 1.15
+_LOSSES: Final = 3  # segments; fewer may be the last of a queue that overflowed long ago
+_SHORT_QUEUE: Final = 0.1  # of the shortest round trip
+_LEAST_WAIT_S: Final = 0.002
+_LEAST_SEGMENTS: Final = 0.5  # per round trip and lane: it must notice when its path is back
+_FULL_GROWTH: Final = 1.25
+_FULL_ROUNDS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What follows from one look.
+
+    Attributes:
+        caps: bytes/s that each lane may send; None: as fast as it will.
+        total: bytes/s that the session may send; None: no limit.
+        streams: how many lanes there should be.
+    """
+
+    caps: Mapping[int, float | None]
+    total: float | None
+    streams: int
+
+
+class SessionPacer(ABC):
+    """Says how fast the lanes of one session may send, and how many there should be, each time it looks at them."""
+
+    def __init__(self, tuner: StreamTuner, controller: CongestionController | None) -> None:
+        self.tuner = tuner
+        self.controller = controller
+        self.flow = SessionFlow(controller, tick_s=TICK_S)
+        self.guard = QueueGuard()
+
+    @property
+    def tick_s(self) -> float:
+        """When to look again."""
+        return TICK_S / 2 if 0 < self.flow.min_rtt_s <= SHORT_PATH_S else TICK_S
+
+    @abstractmethod
+    def look(self, lanes: Mapping[int, FlowSample], now: float, *, idle: bool) -> Pace:
+        """The ``lanes`` at ``now``; ``idle``: the application has nothing more to send."""
+
+    def caps(self, lanes: Mapping[int, FlowSample], total: float) -> dict[int, float | None]:
+        """Share ``total`` out; lanes that have nothing to send lend their share, and find room when they have."""
+        rtt_s = self.flow.min_rtt_s
+        busy = {id: lane for id, lane in lanes.items() if lane.unsent or lane.in_flight}
+        cap = shares(total, {id: PROBE * lane.window / rtt_s for id, lane in busy.items()})
+        mss = max(lane.mss for lane in lanes.values())
+        return dict.fromkeys(lanes, max(cap, _LEAST_SEGMENTS * mss / rtt_s))
+
+
+class ControllerPacer(SessionPacer):
+    """Paces lanes by ``controller``, which the system does not have, and has as many as make up for their windows."""
+
+    def __init__(self, controller: CongestionController, range: Range) -> None:
+        super().__init__(WindowTuner(range), controller)
+        self._controller = controller
+        self._losses: deque[tuple[float, int]] = deque()
+
+    def look(self, lanes: Mapping[int, FlowSample], now: float, *, idle: bool) -> Pace:
+        flow, tuner = self.flow, self.tuner
+        flow.observe(lanes, now, limited=idle or tuner.wants_more)
+        mode = self._controller.state().get("mode")
+        streams = tuner.look(flow, len(lanes), now, settled=mode != "startup", idle=idle)
+        if not flow.bandwidth:
+            return Pace(dict.fromkeys(lanes), None, streams)
+        drains = self.guard.look(flow, now) and mode == "probe_bw"
+        total = self._total(now, drains)
+        if flow.capacity < FREE * flow.bandwidth and not drains:
+            return Pace(dict.fromkeys(lanes), total, streams)
+        return Pace(self.caps(lanes, total), total, streams)
+
+    def _total(self, now: float, drains: bool) -> float:
+        flow, controller = self.flow, self._controller
+        total = controller.window / flow.rtt_s  # so no more than the window is under way
+        rate = controller.pacing_rate
+        if rate is not None:
+            total = min(total, rate)
+        if drains:
+            return min(total, DRAIN_GAIN * flow.bandwidth)
+        return max(total, PROBE * flow.bandwidth) if self._loses_without_queue(now) else total
+
+    def _loses_without_queue(self, now: float) -> bool:
+        """What is lost is lost at random: holding the lanes back would not help, and cost what they have left."""
+        flow, losses = self.flow, self._losses
+        losses.append((now, flow.lost))
+        while losses[0][0] < now - max(_LOSSY_S, _LOSSY_ROUNDS * flow.min_rtt_s):
+            losses.popleft()
+        if flow.lost - losses[0][1] < _LOSSES * _SEGMENT:
+            return False
+        waits_s = flow.rtt_s - flow.min_rtt_s
+        return waits_s < max(_SHORT_QUEUE * flow.min_rtt_s, _LEAST_WAIT_S) and flow.in_flight < _FULL_PATH * flow.bdp
+
+
+class GuardPacer(SessionPacer):
+    """Leaves lanes to the system's congestion control, which paces each by itself, but for the queue that they make.
+
+    Several BBR flows each take the others' queue for their own round trip, and keep up to the path's product waiting.
+    """
+
+    def __init__(self, range: Range) -> None:
+        super().__init__(RateTuner(range), None)
+        self._full_bandwidth = 0.0
+        self._full_rounds = 0
+        self._round = -1
+
+    def look(self, lanes: Mapping[int, FlowSample], now: float, *, idle: bool) -> Pace:
+        flow = self.flow
+        flow.observe(lanes, now, limited=idle)
+        settled = self._settled()
+        streams = self.tuner.look(flow, len(lanes), now, settled=settled, idle=idle)
+        if settled and self.guard.look(flow, now):
+            total = DRAIN_GAIN * flow.bandwidth
+            return Pace(self.caps(lanes, total), total, streams)
+        return Pace(dict.fromkeys(lanes), None, streams)
+
+    def _settled(self) -> bool:
+        """The bandwidth has grown by less than 25 % in three round trips (BBR's end of Startup)."""
+        flow = self.flow
+        if self._full_rounds < _FULL_ROUNDS and flow.rounds != self._round and flow.bandwidth:
+            self._round = flow.rounds
+            if flow.bandwidth >= _FULL_GROWTH * self._full_bandwidth:
+                self._full_bandwidth, self._full_rounds = flow.bandwidth, 0
+            else:
+                self._full_rounds += 1
+        return self._full_rounds >= _FULL_ROUNDS

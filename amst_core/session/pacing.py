@@ -1,0 +1,131 @@
+"""The loop that paces a session: looks at its lanes, asks the law, and has the lanes keep to it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from ..errors import AmstError
+from ..interfaces import FlowSample
+from ..pacing import Pace, SessionPacer
+
+if TYPE_CHECKING:
+    from .core import SessionCore
+    from .lanes import LaneWorker
+
+_log = logging.getLogger("amst.session")
+
+_LEAST_CHANGE: Final = 0.02
+"""A cap that differs by less from the one in force is not worth a system call."""
+
+_REST_S: Final = 0.5
+"""How often a session without anything to send is looked at; what begins to be sent ends the rest."""
+
+_UNSENT_S: Final = 0.1
+"""So much time of what a lane sends may wait in it: what waits in one lane cannot go by another."""
+
+_LEAST_UNSENT: Final = 32 << 10
+
+_TOLD_S: Final = 0.25
+"""How often the state is logged, at debug level."""
+
+
+class SessionPacing:
+    """Runs a `SessionPacer` over the lanes of ``core``, on one thread, while there is something to send."""
+
+    def __init__(self, core: SessionCore, pacer: SessionPacer) -> None:
+        self._core = core
+        self._pacer = pacer
+        self._caps: dict[int, float | None] = {}
+        self._unsent: dict[int, int] = {}
+        self._told_at = 0.0
+        self._awake = threading.Event()
+        self._ended = False
+        self._streams: int | None = None
+        self._thread = threading.Thread(target=self._run, name="amst-pacing", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is something to send."""
+        self._awake.set()
+
+    def end(self) -> None:
+        """The session has ended."""
+        self._ended = True
+        self._awake.set()
+
+    def _run(self) -> None:
+        core, pacer = self._core, self._pacer
+        while not self._ended:
+            with core.lock:
+                workers = core.live_lanes_locked()
+                busy = core.engine.sending > 0
+                idle = not core.engine.has_chunks
+            samples: dict[int, FlowSample] = {}
+            for worker in workers:
+                sample = worker.lane.flow_sample()
+                if sample is not None:
+                    samples[worker.id] = sample
+            if not busy and not any(sample.in_flight for sample in samples.values()):
+                self._awake.wait(_REST_S)
+                self._awake.clear()
+                continue
+            now = time.monotonic()
+            pace = pacer.look(samples, now, idle=idle)
+            if now >= self._told_at and _log.isEnabledFor(logging.DEBUG):
+                self._told_at = now + _TOLD_S
+                _log.debug("%s", self._told(pace, len(samples)))
+            self._bound_unsent(samples, workers)
+            self._apply(pace, {worker.id: worker for worker in workers})
+            time.sleep(pacer.tick_s)
+
+    def _bound_unsent(self, samples: dict[int, FlowSample], workers: list[LaneWorker]) -> None:
+        """Keep what waits in each lane, and cannot be moved to another, near what it sends in `_UNSENT_S`."""
+        for worker in workers:
+            sample = samples.get(worker.id)
+            if sample is None:
+                continue
+            wanted = _power_of_two(int(sample.window / sample.rtt_s * _UNSENT_S))
+            if wanted != self._unsent.get(worker.id):
+                self._unsent[worker.id] = wanted
+                worker.lane.limit_unsent(wanted)
+        if self._pacer.flow.capacity:
+            self._core.bound_chunks(_power_of_two(int(self._pacer.flow.capacity / len(samples) * 2 * _UNSENT_S)))
+
+    def _apply(self, pace: Pace, workers: dict[int, LaneWorker]) -> None:
+        caps: dict[int, float | None] = {}
+        for id, cap in pace.caps.items():
+            before = self._caps.get(id)
+            if cap == before or (cap and before and abs(cap - before) < _LEAST_CHANGE * before):
+                caps[id] = before
+                continue
+            try:
+                workers[id].lane.set_pacing(cap)
+            except AmstError as err:
+                _log.debug("stream %d is not paced: %s", id, err)
+                continue
+            caps[id] = cap
+        self._caps = caps
+        if pace.streams != self._streams:
+            self._streams = pace.streams
+            self._core.want_streams(pace.streams, self._pacer.tuner.reason)
+
+    def _told(self, pace: Pace, lanes: int) -> str:
+        flow, controller = self._pacer.flow, self._pacer.controller
+        state = {} if controller is None else controller.state()
+        total = "free" if pace.total is None else f"{pace.total * 8e-6:.1f}"
+        return (
+            f"{self._core.peer}: {lanes} of {pace.streams} streams, {state.get('mode', 'kernel')},"
+            f" rate {flow.rate * 8e-6:.1f} of {flow.bandwidth * 8e-6:.1f} Mbit/s, windows {flow.capacity * 8e-6:.1f},"
+            f" pace {total}, round trip {flow.rtt_s * 1e3:.1f} of {flow.min_rtt_s * 1e3:.1f} ms,"
+            f" in flight {flow.in_flight / max(1.0, flow.bdp):.2f}{' draining' if self._pacer.guard.draining else ''}"
+        )
+
+
+def _power_of_two(nbytes: int) -> int:
+    """The power of two not above ``nbytes``: a limit that follows a rate is not to be set anew all the time."""
+    return max(_LEAST_UNSENT, 1 << max(0, nbytes.bit_length() - 1))
