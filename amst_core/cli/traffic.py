@@ -33,11 +33,10 @@ _MAX_SECONDS: Final = 86400.0
 _ANSWER_TIMEOUT_S: Final = 20.0
 
 _NEAR_S: Final = 0.005
-_SOON_S: Final = 1.0
-_LATE_S: Final = 3.0
-_LEAST_AHEAD: Final = 1 << 20
-_PER_STREAM: Final = 2 << 20
+_LONG_S: Final = 2.0
+_LEAST_AHEAD: Final = 4 << 20
 _AT_ONCE: Final = 4
+_AT_ONCE_FAR: Final = 16  # the peer has memory for whole messages only, and one may hang on a slow stream
 _LOOK_S: Final = 0.02
 
 _log = logging.getLogger("amst.bench")
@@ -178,15 +177,14 @@ def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], N
     """Send what ``load`` says and wait until all of it is acknowledged; then an empty message."""
     payload = memoryview(os.urandom(load.message))
     ahead = _Ahead(load, session)
-    waiting: deque[tuple[Ticket, float]] = deque()
+    waiting: deque[Ticket] = deque()
     offered = 0
     began = time.monotonic()
 
     def settle() -> None:
-        ticket, since = waiting.popleft()
+        ticket = waiting.popleft()
         ticket.wait()
         tally.bytes += ticket.size
-        ahead.arrived(ticket.size, time.monotonic() - since)
         if progress is not None:
             progress()
 
@@ -195,16 +193,17 @@ def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], N
         if load.seconds is not None and now - began >= load.seconds:
             break
         length = ahead.message if load.size is None else min(ahead.message, load.size - offered)
-        waiting.append((session.send(payload[:length], channel=DATA, borrow=True), now))
+        waiting.append(session.send(payload[:length], channel=DATA, borrow=True))
         offered += length
         # what is missing of the oldest may hang on one slow stream, and the others are not to wait for that
-        while offered - tally.bytes - sum(ticket.acknowledged for ticket, _ in waiting) >= ahead.size:
-            if waiting[0][0].done or len(waiting) >= load.window:
+        while offered - tally.bytes - sum(ticket.acknowledged for ticket in waiting) >= ahead.size:
+            if waiting[0].done or offered - tally.bytes >= ahead.most:
                 settle()
             else:
                 with contextlib.suppress(DeadlineError):
-                    waiting[0][0].wait(_LOOK_S)
-        while waiting and waiting[0][0].done:
+                    waiting[0].wait(_LOOK_S)
+                ahead.look(starved=session.starved)
+        while waiting and waiting[0].done:
             settle()
     while waiting:
         settle()
@@ -213,31 +212,38 @@ def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], N
 
 
 class _Ahead:
-    """How much is offered before it has arrived: enough for the path, and no more than it carries in some seconds.
+    """How much is offered before it has arrived: what keeps the streams busy, and little more.
 
-    On a slow path what ``load`` allows would take long after the time is up. So where the round trip is long it begins
-    with what keeps each stream busy, and grows and shrinks with how long messages take.
+    All that ``load`` allows could take long after the time is up on a slow path. So where the round trip is long it
+    begins with little, grows when the streams have nothing left, and shrinks when that has not been so for a while.
     """
 
     def __init__(self, load: Load, session: Session) -> None:
-        metrics = session.metrics()
-        self._most = load.message * load.window
-        self._least = min(self._most, max(_LEAST_AHEAD, metrics.active_streams * _PER_STREAM))
+        rtt_s = session.metrics().average_latency_s or 0.0
+        near = rtt_s < _NEAR_S
+        self.most = load.message * load.window
+        self._least = self.most if near else min(self.most, _LEAST_AHEAD)
         self._largest = load.message
-        self._at_once = min(_AT_ONCE, load.window)
-        self.size = self._most if (metrics.average_latency_s or 0.0) < _NEAR_S else self._least
+        self._at_once = min(_AT_ONCE, load.window) if near else _AT_ONCE_FAR
+        self._pause_s = max(rtt_s, _LOOK_S)  # until what was offered more can have been taken
+        self._changed_at = time.monotonic()
+        self.size = self._least
 
     @property
     def message(self) -> int:
         """Bytes of the next message: a few of them are ahead at once."""
         return min(self._largest, max(1, self.size // self._at_once))
 
-    def arrived(self, size: int, elapsed_s: float) -> None:
-        """A message of ``size`` bytes took so long."""
-        if elapsed_s < _SOON_S:
-            self.size = min(self._most, self.size + size)
-        elif elapsed_s > _LATE_S:
-            self.size = max(self._least, self.size - size)
+    def look(self, *, starved: bool) -> None:
+        """As much as `size` is ahead; ``starved``: the streams could take more."""
+        now = time.monotonic()
+        if starved and now - self._changed_at >= self._pause_s:
+            self.size = min(self.most, 2 * self.size)
+        elif now - self._changed_at >= _LONG_S:
+            self.size = max(self._least, self.size - self.size // 8)
+        else:
+            return
+        self._changed_at = now
 
 
 def drain(session: Session, tally: Tally, *, progress: Callable[[], None] | None = None) -> None:

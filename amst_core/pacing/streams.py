@@ -33,6 +33,11 @@ class StreamTuner(ABC):
         self.reason = "as many as were asked for" if range.fixed else "as many as the mode begins with"
 
     @property
+    def goal(self) -> int:
+        """What `wanted` is on its way to."""
+        return self.wanted
+
+    @property
     def wants_more(self) -> bool:
         """The lanes are too few, and more are coming: what they deliver says too little about the path."""
         return False
@@ -124,118 +129,140 @@ def _windows(flow: SessionFlow) -> str:
 # ---- lanes that find the bandwidth by themselves ----------------------------------------------
 
 PER_LANE: Final = 160 << 10
-"""Bytes of the path's bandwidth-delay product for each lane, to begin with (requirements D1)."""
+"""Bytes of the path's bandwidth-delay product for each lane, where there are too few (requirements D1)."""
 
 KEPT: Final = 0.97
 """Fewer lanes are kept if they carry so much of what more did; more are if they carry more by as much."""
 
-LOSSY: Final = 0.005
+FULL: Final = 1.08
+"""With a mean round trip of so many times the shortest one packets wait: more lanes would make them wait longer."""
+
+_STEP_UP: Final = 2
 _STEP_DOWN: Final = 0.75
 _SETTLE_ROUNDS: Final = 10
 _MEASURE_ROUNDS: Final = 8
+_LEAVE_ROUNDS: Final = 3
 _LEAST_SETTLE_S: Final = 0.5
 _LEAST_MEASURE_S: Final = 1.0
+_LEAST_LEAVE_S: Final = 0.1
+_COMING_S: Final = 5.0
 _HOLD_S: Final = 10.0
 _LONGEST_HOLD_S: Final = 80.0
 _CHANGED: Final = 0.3
-_MOST_IDLE: Final = 0.1
+_MOST_LIMITED: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What so many lanes carried: bytes/s, and the mean round trip in shortest ones."""
+
+    rate: float
+    queue: float
 
 
 class RateTuner(StreamTuner):
     """For lanes whose own congestion control finds the bandwidth (the kernel's BBR): how many is measured.
 
-    It begins with the path's bandwidth-delay product, `PER_LANE` of it each. Then it tries: on a path that loses, more
-    (a lane that waits for what it lost leaves the path to others), else fewer. What a try brought is measured once the
-    lanes have settled, and undone if it was not worth it; the next comes after a pause that grows with each in vain.
-    A rate that has changed by `_CHANGED` begins anew.
+    Where packets wait the path is full, and fewer lanes may do; where none do, more may carry more (a lane that waits
+    for what it lost leaves the path to the others, and a window may be too small for the path). Either is tried: what
+    it brought is measured once the lanes have settled, and undone if it was not worth it; the next try comes after a
+    pause that grows with each in vain. Lanes leave one by one, so that the others can take over what they carried. A
+    rate that has changed by `_CHANGED` begins anew.
     """
 
     def __init__(self, range: Range) -> None:
         super().__init__(range)
+        self._target = range.start
+        self._next_leave = 0.0
+        self._coming_until = float("inf")
         self._since: float | None = None  # when the measurement began, or will begin
-        self._delivered = self._sent = self._lost = 0
-        self._looks = self._idle_looks = 0
-        self._tried_from: tuple[int, float] | None = None  # lanes and rate before the try under way
+        self._delivered = 0
+        self._looks = self._limited_looks = 0
+        self._waited = 0.0
+        self._tried_from: tuple[int, _Measured] | None = None  # lanes and what they carried before the try under way
         self._rate = 0.0
         self._hold_until = 0.0
         self._hold_s = _HOLD_S
-        self._by_product = False
+
+    @property
+    def goal(self) -> int:
+        return self._target
 
     def look(self, flow: SessionFlow, live: int, now: float, *, settled: bool, idle: bool) -> int:
         if not settled or self.range.fixed or not live:
             return self.wanted
-        if self._since is None or (live != self.wanted and now < self._since):
+        if self._target < self.wanted and now >= self._next_leave:
+            self._next_leave = now + max(_LEAST_LEAVE_S, _LEAVE_ROUNDS * flow.min_rtt_s)
+            self.choose(self.wanted - 1, self.reason)
+        if self._since is None or live != self._target:
+            if self._since is not None and now >= self._coming_until and live < self._target:
+                self._aim(live, f"no more than {live} came", now)
+            self._measure_from(flow, now + max(_LEAST_SETTLE_S, _SETTLE_ROUNDS * flow.min_rtt_s))
+            return self.wanted
+        self._coming_until = float("inf")
+        if now < self._since:
+            self._delivered = flow.delivered
+            return self.wanted
+        self._looks += 1
+        self._limited_looks += idle or not flow.unsent
+        self._waited += flow.rtt_s / flow.min_rtt_s
+        elapsed = now - self._since
+        if elapsed >= max(_LEAST_MEASURE_S, _MEASURE_ROUNDS * flow.min_rtt_s):
+            measured = _Measured((flow.delivered - self._delivered) / elapsed, self._waited / self._looks)
+            limited = self._limited_looks > _MOST_LIMITED * self._looks
             self._measure_from(flow, now)
-        elif now < self._since:
-            self._delivered, self._sent, self._lost = flow.delivered, flow.sent, flow.lost
-            self._looks = self._idle_looks = 0
-        else:
-            self._looks += 1
-            self._idle_looks += idle
-            elapsed = now - self._since
-            if elapsed >= max(_LEAST_MEASURE_S, _MEASURE_ROUNDS * flow.min_rtt_s):
-                if self._idle_looks <= _MOST_IDLE * self._looks:
-                    self._judge(flow, elapsed, now)
-                self._measure_from(flow, now)
+            if not limited:
+                self._judge(flow, measured, now)
         return self.wanted
 
-    def _measure_from(self, flow: SessionFlow, now: float) -> None:
-        """Measure anew, once what has changed has settled."""
-        unsettled = self._tried_from is not None or self._since is None
-        self._since = now + (max(_LEAST_SETTLE_S, _SETTLE_ROUNDS * flow.min_rtt_s) if unsettled else 0.0)
-        self._delivered, self._sent, self._lost = flow.delivered, flow.sent, flow.lost
-        self._looks = self._idle_looks = 0
+    def _measure_from(self, flow: SessionFlow, since: float) -> None:
+        self._since = since
+        self._delivered = flow.delivered
+        self._looks = self._limited_looks = 0
+        self._waited = 0.0
 
-    def _judge(self, flow: SessionFlow, elapsed: float, now: float) -> None:
+    def _judge(self, flow: SessionFlow, measured: _Measured, now: float) -> None:
         """So many lanes carried that much: keep them, go back, or try another number."""
-        rate = (flow.delivered - self._delivered) / elapsed
-        sent = flow.sent - self._sent
-        loss = (flow.lost - self._lost) / sent if sent else 0.0
         if self._tried_from is not None:
-            self._conclude(rate, now)
+            self._conclude(*self._tried_from, measured, now)
             return
-        if not self._by_product:
-            self._by_product = True
-            lanes = round(flow.bdp / PER_LANE)
-            if lanes > self.wanted:
-                self._try(lanes, rate, f"one for each {PER_LANE >> 10} KiB of the path's {_kib(flow.bdp)} KiB")
-                return
-        if self._rate and abs(rate - self._rate) > _CHANGED * self._rate:
-            self._hold_until, self._hold_s, self._by_product = now, _HOLD_S, False
-            self._rate = rate
+        rate, self._rate = self._rate, measured.rate
+        if rate and abs(measured.rate - rate) > _CHANGED * rate:
+            self._hold_until, self._hold_s = now, _HOLD_S
             return
-        self._rate = rate
         if now < self._hold_until:
             return
-        if loss >= LOSSY and self.wanted < self.range.most:
-            self._try(2 * self.wanted, rate, f"tried, for {loss:.1%} is lost")
-        elif loss < LOSSY and self.wanted > self.range.least:
-            self._try(int(self.wanted * _STEP_DOWN), rate, "tried, for fewer may do")
+        full = measured.queue >= FULL
+        if not full and self.wanted < self.range.most:
+            lanes = max(_STEP_UP * self.wanted, min(round(flow.bdp / PER_LANE), 2 * _STEP_UP * self.wanted))
+            self._try(lanes, measured, "to try whether more carry more, for the path has room", now)
+        elif full and self.wanted > self.range.least:
+            self._try(int(self.wanted * _STEP_DOWN), measured, "to try whether fewer do, for the path is full", now)
         else:
             self._hold_until = now + self._hold_s
 
-    def _try(self, lanes: int, rate: float, reason: str) -> None:
-        before = self.wanted
-        if self.choose(lanes, reason) != before:
-            self._tried_from = before, rate
+    def _try(self, lanes: int, before: _Measured, reason: str, now: float) -> None:
+        self._tried_from = self.wanted, before
+        self._aim(lanes, reason, now)
 
-    def _conclude(self, rate: float, now: float) -> None:
-        assert self._tried_from is not None, "a try is under way"
-        before, rate_before = self._tried_from
+    def _aim(self, lanes: int, reason: str, now: float) -> None:
+        self._target = max(self.range.least, min(self.range.most, lanes))
+        self.reason = reason
+        self._coming_until = now + _COMING_S
+        if self._target > self.wanted:
+            self.choose(self._target, reason)
+
+    def _conclude(self, lanes: int, before: _Measured, after: _Measured, now: float) -> None:
         self._tried_from = None
-        change = f"{before} to {self.wanted} streams changed {_mbit(rate_before)} to {_mbit(rate)} Mbit/s"
-        if rate >= (KEPT * rate_before if self.wanted < before else rate_before / KEPT):
-            self._rate = rate
+        change = f"{lanes} to {self.wanted} streams changed {_mbit(before.rate)} to {_mbit(after.rate)} Mbit/s"
+        if after.rate >= (KEPT * before.rate if self.wanted < lanes else before.rate / KEPT):
+            self._rate = after.rate
             self._hold_s = _HOLD_S
             self.reason = change
             return
         self._hold_until = now + self._hold_s
         self._hold_s = min(2 * self._hold_s, _LONGEST_HOLD_S)
-        self.choose(before, change)
-
-
-def _kib(nbytes: float) -> int:
-    return round(nbytes / 1024)
+        self._aim(lanes, change, now)
 
 
 def _mbit(rate: float) -> str:

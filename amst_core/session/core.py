@@ -716,9 +716,8 @@ class SessionCore:
                 self._chunk_bound = nbytes
                 self._fit_chunks_locked()
 
-    def want_streams(self, count: int, reason: str) -> None:
-        """So many lanes are the ones to have, for a reason; they come and go meanwhile."""
-        _log.info("%d streams to %s: %s", count, self.peer, reason)
+    def want_streams(self, count: int) -> None:
+        """So many lanes are the ones to have; they come and go meanwhile."""
         if self.on_streams_wanted is not None:
             self.on_streams_wanted(count)
 

@@ -44,6 +44,7 @@ class SessionPacing:
         self._awake = threading.Event()
         self._ended = False
         self._streams: int | None = None
+        self._told_streams: tuple[int, str] | None = None
         self._thread = threading.Thread(target=self._run, name="amst-pacing", daemon=True)
 
     def start(self) -> None:
@@ -93,8 +94,9 @@ class SessionPacing:
             if wanted != self._unsent.get(worker.id):
                 self._unsent[worker.id] = wanted
                 worker.lane.limit_unsent(wanted)
-        if self._pacer.flow.capacity:
-            self._core.bound_chunks(_power_of_two(int(self._pacer.flow.capacity / len(samples) * 2 * _UNSENT_S)))
+        bandwidth = self._pacer.flow.bandwidth
+        if bandwidth:
+            self._core.bound_chunks(_power_of_two(int(bandwidth / len(samples) * 2 * _UNSENT_S)))
 
     def _apply(self, pace: Pace, workers: dict[int, LaneWorker]) -> None:
         caps: dict[int, float | None] = {}
@@ -110,9 +112,13 @@ class SessionPacing:
                 continue
             caps[id] = cap
         self._caps = caps
+        tuner = self._pacer.tuner
+        if (tuner.goal, tuner.reason) != self._told_streams:
+            self._told_streams = tuner.goal, tuner.reason
+            _log.info("%d streams to %s: %s", tuner.goal, self._core.peer, tuner.reason)
         if pace.streams != self._streams:
             self._streams = pace.streams
-            self._core.want_streams(pace.streams, self._pacer.tuner.reason)
+            self._core.want_streams(pace.streams)
 
     def _told(self, pace: Pace, lanes: int) -> str:
         flow, controller = self._pacer.flow, self._pacer.controller

@@ -483,6 +483,11 @@ class Session:
         return self._telemetry.read(self._monitor.checked_at)
 
     @property
+    def starved(self) -> bool:
+        """The streams have taken all that they may of what was offered: with more, more could be under way."""
+        return not self.core.engine.has_chunks
+
+    @property
     def report(self) -> SessionReport:
         """How the session came about and what it runs over."""
         core = self.core
