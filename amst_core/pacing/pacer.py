@@ -68,8 +68,8 @@ class SessionPacer(ABC):
         return TICK_S / 2 if 0 < self.flow.min_rtt_s <= SHORT_PATH_S else TICK_S
 
     @abstractmethod
-    def look(self, lanes: Mapping[int, FlowSample], now: float, *, idle: bool) -> Pace:
-        """The ``lanes`` at ``now``; ``idle``: the application has nothing more to send."""
+    def look(self, lanes: Mapping[int, FlowSample], live: int, now: float, *, idle: bool) -> Pace:
+        """The ``lanes`` at ``now``, of which ``live`` go on; ``idle``: the application has nothing more to send."""
 
     def caps(self, lanes: Mapping[int, FlowSample], total: float) -> dict[int, float | None]:
         """Share ``total`` out; lanes that have nothing to send lend their share, and find room when they have."""
@@ -88,11 +88,11 @@ class ControllerPacer(SessionPacer):
         self._controller = controller
         self._losses: deque[tuple[float, int]] = deque()
 
-    def look(self, lanes: Mapping[int, FlowSample], now: float, *, idle: bool) -> Pace:
+    def look(self, lanes: Mapping[int, FlowSample], live: int, now: float, *, idle: bool) -> Pace:
         flow, tuner = self.flow, self.tuner
         flow.observe(lanes, now, limited=idle or tuner.wants_more)
         mode = self._controller.state().get("mode")
-        streams = tuner.look(flow, len(lanes), now, settled=mode != "startup", idle=idle)
+        streams = tuner.look(flow, live, now, settled=mode != "startup", idle=idle)
         if not flow.bandwidth:
             return Pace(dict.fromkeys(lanes), None, streams)
         drains = self.guard.look(flow, now) and mode == "probe_bw"
@@ -135,11 +135,11 @@ class GuardPacer(SessionPacer):
         self._full_rounds = 0
         self._round = -1
 
-    def look(self, lanes: Mapping[int, FlowSample], now: float, *, idle: bool) -> Pace:
+    def look(self, lanes: Mapping[int, FlowSample], live: int, now: float, *, idle: bool) -> Pace:
         flow = self.flow
         flow.observe(lanes, now, limited=idle)
         settled = self._settled()
-        streams = self.tuner.look(flow, len(lanes), now, settled=settled, idle=idle)
+        streams = self.tuner.look(flow, live, now, settled=settled, idle=idle)
         if settled and self.guard.look(flow, now):
             total = DRAIN_GAIN * flow.bandwidth
             return Pace(self.caps(lanes, total), total, streams)

@@ -63,7 +63,8 @@ class SessionPacing:
         core, pacer = self._core, self._pacer
         while not self._ended:
             with core.lock:
-                workers = core.live_lanes_locked()
+                workers = list(core.lanes.values())  # those that leave as well: they send what they have taken on
+                live = len(core.live_lanes_locked())
                 busy = core.engine.sending > 0
                 idle = not core.engine.has_chunks
             samples: dict[int, FlowSample] = {}
@@ -76,10 +77,10 @@ class SessionPacing:
                 self._awake.clear()
                 continue
             now = time.monotonic()
-            pace = pacer.look(samples, now, idle=idle)
+            pace = pacer.look(samples, live, now, idle=idle)
             if now >= self._told_at and _log.isEnabledFor(logging.DEBUG):
                 self._told_at = now + _TOLD_S
-                _log.debug("%s", self._told(pace, len(samples)))
+                _log.debug("%s", self._told(pace, live))
             self._bound_unsent(samples, workers)
             self._apply(pace, {worker.id: worker for worker in workers})
             time.sleep(pacer.tick_s)
