@@ -532,7 +532,10 @@ class ModeDetector(ABC):
 
 @dataclass(frozen=True, slots=True)
 class StreamHealth:
-    """Health of one stream, i.e. lane (requirements A3). ``last_active`` is a monotonic time."""
+    """Health of one stream, i.e. lane (requirements A3).
+
+    ``last_active`` is a monotonic time; ``chunk_size``: the longest chunk that this side sends over it now, in bytes.
+    """
 
     id: int
     transport: str
@@ -544,6 +547,7 @@ class StreamHealth:
     reconnects: int
     consecutive_failures: int
     path: PathStats
+    chunk_size: int
     congestion: CongestionInForce | None = None
 
 

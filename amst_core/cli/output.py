@@ -112,6 +112,7 @@ def _lane(stream: StreamHealth) -> dict[str, object]:
         "segments_retransmitted": path.segments_retransmitted,
         "cwnd": path.cwnd,
         "pacing_rate": path.pacing_rate,
+        "chunk_size": stream.chunk_size,
         "congestion": path.congestion,
         "congestion_asked": None if congestion is None else congestion.asked,
         "congestion_reason": None if congestion is None else congestion.reason,

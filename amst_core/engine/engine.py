@@ -125,6 +125,7 @@ class Engine:
         self._ack_due: float | None = None
         self._delivered = IntervalSet()  # ids
         self.chunk_size = peer.max_chunk
+        self._chunk_sizes: dict[int, int] = {}  # of lanes whose chunks are shorter
         self.bytes_acknowledged = 0
         self.bytes_verified = 0
         self.bytes_retransmitted = 0
@@ -319,6 +320,14 @@ class Engine:
         ready_at = self._bucket.ready_at(now)
         return ready_at if ready_at > now else None
 
+    def set_chunk_sizes(self, sizes: Mapping[int, int]) -> None:
+        """Cut chunks of so many bytes at most for each of these lanes from now on, of `chunk_size` for all others."""
+        self._chunk_sizes = dict(sizes)
+
+    def chunk_size_of(self, lane: int) -> int:
+        """Longest chunk that is cut for ``lane``, in bytes."""
+        return min(self.chunk_size, self._chunk_sizes.get(lane, self.chunk_size))
+
     def may_send(self, lane: int) -> bool:
         """``lane`` takes chunks: a slow one only while there is no other."""
         return lane in self._lanes and (lane not in self._slow or self._slow >= self._lanes)
@@ -327,7 +336,9 @@ class Engine:
         """The next span for ``lane`` to send; pair each with `chunk_left`."""
         if not self.may_send(lane) or self.paced_until(now) is not None:
             return None
-        most = self.chunk_size if self._bucket is None else min(self.chunk_size, self._bucket.chunk)
+        most = self.chunk_size_of(lane)
+        if self._bucket is not None:
+            most = min(most, self._bucket.chunk)
         found = self._flows.next(most)
         if found is None:
             return None

@@ -45,13 +45,14 @@ from ..errors import (
     error_from_kind,
 )
 from ..files.journal import Fsync
+from ..interfaces import PathStats
 from ..memory import MemoryShare
 from ..pacing import ControllerPacer, GuardPacer, Range, SessionPacer
 from ..wire.fields import AttributeValue
 from ..wire.frames import FrameHeader, FrameKind, encode_ack
 from ..wire.messages import FILE, HOLD, HOLES, MESSAGE, PACK, SIZE_UNKNOWN, Ack, Close, Credit, LaneLost, Message, Open
 from .background import Background
-from .chunking import STEP_S, ChunkTuner
+from .chunking import STEP_S, ChunkTuner, LaneChunks, LaneLook
 from .crew import Crew
 from .endpoints import Sink, Source
 from .inbox import Inbox
@@ -172,6 +173,7 @@ class SessionCore:
         self.receive_pool = memory.receive_pool
         most = min(remote.max_chunk, memory.max_chunk)
         self._chunks = ChunkTuner(min(chunk_size, most), most=min(most, longest_chunk), least=shortest_chunk)
+        self._lane_chunks = LaneChunks()
         self._loss = LossMeter()
         self._path_looked_at = 0.0
         self.engine.chunk_size = self._chunks.size
@@ -330,6 +332,11 @@ class SessionCore:
         if now - self._late_looked_at < TICK_S / 2:
             return
         self._late_looked_at = now
+        paths: dict[int, PathStats] = {}
+        if self.engine.sending and now - self._path_looked_at >= STEP_S / 5:
+            # without the lock, for of some hundred lanes it takes its time
+            self._path_looked_at = now
+            paths = {lane.id: lane.lane.path_stats() for lane in list(self.lanes.values())}
         with self.lock:
             late = [self.lanes[lane] for lane in self.engine.late_lanes(now) if lane in self.lanes]
             soon_through = self._progress.soon_through(late, self.engine.chunk_takes_s, now)
@@ -337,17 +344,28 @@ class SessionCore:
             path = max(self.lanes.values(), key=lambda lane: lane.bytes_sent, default=None)
             self._crew.found_path(None if path is None else path.lane.path_stats().min_rtt_s)
             changed = self._chunks.observe(self.engine.bytes_acknowledged, now)
-            if self._chunks.follows_path and now - self._path_looked_at >= STEP_S / 5:
-                self._path_looked_at = now
-                paths = {lane.id: lane.lane.path_stats() for lane in self.lanes.values()}
-                rtts = [stats.rtt_s for stats in paths.values() if stats.rtt_s is not None]
-                rtt_s = sum(rtts) / len(rtts) if rtts else None
-                changed |= self._chunks.observe_path(self._loss.look(paths), rtt_s, now)
+            if paths:
+                changed |= self._saw_paths_locked(paths, now)
             if changed:
                 self._fit_chunks_locked()
             work = self._work_locked()
             self.kick_locked()
         self._begin(work)
+
+    def _saw_paths_locked(self, paths: Mapping[int, PathStats], now: float) -> bool:
+        """Whether chunks are to be of other sizes, by how the lanes stand."""
+        changed = False
+        if self._chunks.follows_path:
+            rtts = [stats.rtt_s for stats in paths.values() if stats.rtt_s is not None]
+            rtt_s = sum(rtts) / len(rtts) if rtts else None
+            changed = self._chunks.observe_path(self._loss.look(paths), rtt_s, now)
+        idle = {lane.id for lane in (*self._idle, self._paced) if lane is not None}
+        looks = {
+            lane.id: LaneLook(paths[lane.id], lane.bytes_sent, lane.id in idle)
+            for lane in self.live_lanes_locked()
+            if lane.id in paths
+        }
+        return self._lane_chunks.observe(looks, self.engine.chunk_size, now) or changed
 
     def limit_rate(self, rate: float | None) -> None:
         """Send at most ``rate`` bytes/s in all from now on; None: as fast as the lanes take it."""
@@ -830,18 +848,20 @@ class SessionCore:
             self.room.notify_all()
 
     def _fit_chunks_locked(self) -> None:
-        """Keep chunk size × lanes inside the scratch memory that sealing, and files, need."""
+        """Keep chunk size × lanes inside the scratch memory that sealing, and files, need, and each below the bound."""
         share = self.send_pool.limit // max(1, len(self.lanes)) - 8192
         most = max(64 << 10, share & ~0xFFFF)
         if not any(worker.needs_scratch for worker in self.lanes.values()):
             most = max(most, self._chunks.configured)  # only files do, and can wait for each other
+        why = "to fit limits.memory"
+        if self._chunk_bound is not None and self._chunk_bound < most:
+            most, why = self._chunk_bound, "for what a stream has taken on cannot go by another"
         size = min(self._chunks.size, most)
-        if self._chunk_bound is not None:
-            size = min(size, self._chunk_bound)
+        self.engine.set_chunk_sizes(self._lane_chunks.sizes(size))
         if size == self.engine.chunk_size:
             return
         if size < self._chunks.size:
-            _log.info("chunks of %d KiB for %d streams to fit limits.memory", size >> 10, len(self.lanes))
+            _log.info("chunks of %d KiB for %d streams, %s", size >> 10, len(self.lanes), why)
         else:
             _log.debug("chunks of %d KiB", size >> 10)
         self.engine.chunk_size = size

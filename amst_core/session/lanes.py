@@ -96,6 +96,11 @@ class LaneWorker:
         self._core.poke_locked(self)
 
     @property
+    def chunk_size(self) -> int:
+        """Longest chunk that it is given, in bytes."""
+        return self._core.engine.chunk_size_of(self.id)
+
+    @property
     def lived_s(self) -> float:
         return time.monotonic() - self.joined_at
 

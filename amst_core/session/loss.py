@@ -12,9 +12,13 @@ MIN_SEGMENTS: Final = 1000
 
 
 class LossMeter:
-    """The share of segments that were sent again since the last answer, over the lanes that are there for both."""
+    """The share of segments that were sent again since the last answer, over the lanes that are there for both.
 
-    def __init__(self) -> None:
+    It answers about ``least`` segments or more.
+    """
+
+    def __init__(self, least: int = MIN_SEGMENTS) -> None:
+        self._least = least
         self._before: dict[int, tuple[int, int]] = {}
         self._sent = 0
         self._again = 0
@@ -31,7 +35,7 @@ class LossMeter:
             self._sent += sent - sent_before
             self._again += again - again_before
         self._before = now
-        if self._sent < MIN_SEGMENTS:
+        if self._sent < self._least:
             return None
         loss = self._again / self._sent
         self._sent = self._again = 0

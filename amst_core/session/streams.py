@@ -21,8 +21,8 @@ class Stream:
     """One stream: the lane that carries it now, and what became of those before."""
 
     __slots__ = (
-        "_congestion", "_failures", "_path", "_received", "_sent", "error", "id", "lane", "last_active", "reconnects",
-        "transport",
+        "_chunk_size", "_congestion", "_failures", "_path", "_received", "_sent", "error", "id", "lane", "last_active",
+        "reconnects", "transport",
     )  # fmt: skip
 
     def __init__(self, id: int, lane: LaneWorker) -> None:
@@ -36,6 +36,7 @@ class Stream:
         self._received = 0
         self.last_active = lane.joined_at
         self._path = PathStats()
+        self._chunk_size = 0
         self._congestion: CongestionInForce | None = None
 
     def replaced_by(self, lane: LaneWorker) -> None:
@@ -52,6 +53,7 @@ class Stream:
         self._received += lane.bytes_received
         self.last_active = lane.last_active
         self._path = lane.lane.path_stats()
+        self._chunk_size = lane.chunk_size
         self._congestion = lane.congestion
         if error is not None:
             self.error = error
@@ -71,6 +73,7 @@ class Stream:
             reconnects=self.reconnects,
             consecutive_failures=0 if lane is not None and lane.lived_s >= SETTLED_S else self._failures,
             path=lane.lane.path_stats() if lane is not None else self._path,
+            chunk_size=lane.chunk_size if lane is not None else self._chunk_size,
             congestion=lane.congestion if lane is not None else self._congestion,
         )
 

@@ -135,6 +135,47 @@ def test_a_leaving_lane_takes_nothing_new_and_still_gives_back_when_it_dies() ->
     assert (c := engine.next_chunk(2, 0.0)) is not None and c.offset == 0 and c.again
 
 
+def test_a_lane_with_a_size_of_its_own_gets_shorter_chunks_and_the_others_what_they_had() -> None:
+    engine = make()
+    engine.chunk_size = 40
+    engine.set_chunk_sizes({2: 10, 3: 60})
+    engine.open(m.MESSAGE, size=100, flow="f")
+    assert [engine.chunk_size_of(lane) for lane in (1, 2, 3)] == [40, 10, 40], "never longer than the session's"
+    found = [engine.next_chunk(lane, 0.0) for lane in (2, 1, 2, 1)]
+    assert [(c.offset, c.length) for c in found if c] == [(0, 10), (10, 40), (50, 10), (60, 40)]
+
+
+def test_what_a_short_lane_lost_goes_again_in_one_piece_over_another_and_the_reverse() -> None:
+    engine = make()
+    engine.chunk_size = 40
+    engine.set_chunk_sizes({2: 20})
+    tid = engine.open(m.MESSAGE, size=80, flow="f")
+    for lane in (2, 2, 1):
+        chunk = engine.next_chunk(lane, 0.0)
+        assert chunk is not None
+        engine.chunk_left(chunk)
+    engine.lane_lost(2)
+    again = engine.next_chunk(1, 0.0)
+    assert again is not None and (again.offset, again.length, again.again) == (0, 40, True)
+    engine.chunk_left(again)
+    engine.lane_joined(2)
+    engine.lane_lost(1)
+    parts = [engine.next_chunk(2, 0.0) for _ in range(4)]
+    assert [(c.offset, c.length) for c in parts if c] == [(0, 20), (20, 20), (40, 20), (60, 20)]
+    engine.receive(m.Ack(((tid, 80, ()),)), 0.0)
+    assert engine.next_chunk(2, 0.0) is None
+
+
+def test_chunks_of_a_pipe_end_where_its_blocks_do_whoever_takes_them() -> None:
+    engine = make()
+    engine.chunk_size = 40
+    engine.set_chunk_sizes({2: 10})
+    tid = engine.open(m.PIPE, size=None, flow="f")
+    engine.offer(tid, 100)
+    found = [engine.next_chunk(lane, 0.0) for lane in (2, 1, 2, 2, 1)]
+    assert [(c.offset, c.length) for c in found if c] == [(0, 10), (10, 30), (40, 10), (50, 10), (60, 20)]
+
+
 def test_flows_take_turns_and_keep_their_own_order() -> None:
     engine = make()
     engine.chunk_size = 50

@@ -42,7 +42,7 @@ ACTS = (
     *(["send"] * 10 + ["arrive"] * 15 + ["complete"] * 3 + ["store"] * 2 + ["control"] * 12),
     *(["late"] * 5 + ["open"] * 3 + ["feed"] * 2 + ["recover"] * 3 + ["compare"] * 2 + ["read"] * 2),
     *("join", "join", "kill", "kill", "deaths", "overtaken", "rate", "confirm", "cut", "notice", "resume", "resume"),
-    *("cancel", "refuse"),
+    *("cancel", "refuse", "sizes", "sizes"),
 )
 """What happens next, the frequent more often."""
 
@@ -238,6 +238,8 @@ class TwoEngines(RuleBasedStateMachine):
                     self.send(side, pick + 1)
                 case "rate":
                     self.limit_rate(side, 2000.0 if flag and pick % 2 else None)
+                case "sizes":
+                    self.sides[side].engine.set_chunk_sizes({lane: 1 + (pick + 3 * lane) % 7 for lane in self.lanes})
                 case "arrive":
                     self.arrive(pick, flag, pick % 3 == 0)
                 case "complete":
