@@ -9,6 +9,7 @@ from ..files.journal import Fsync
 from ..files.partial import PartialPolicy
 from ..interfaces import Advertisement, LaneTimeouts
 from ..memory import MemoryBudget, MemoryShare
+from ..pacing import Range
 from ..session.core import SessionCore
 from ..session.session import SessionLimits
 from ..settings.values import Settings
@@ -40,6 +41,7 @@ def make_core(
     is_opener: bool,
     congestion: CongestionPolicy,
     profile: Profile,
+    streams: Range,
 ) -> SessionCore:
     """The core of a session, which closes ``memory`` when it ends."""
     return SessionCore(
@@ -56,7 +58,7 @@ def make_core(
         session_timeout_s=settings.limits.session_timeout,
         fsync=Fsync(settings.files.fsync),
         congestion=congestion,
-        streams=profile.streams,
+        streams=streams,
     )
 
 

@@ -7,6 +7,7 @@ import socket
 import time
 from functools import partial
 
+from ..congestion import Backend
 from ..control import handshake
 from ..control.channel import ControlChannel
 from ..endpoint import parse_endpoint
@@ -41,6 +42,7 @@ def connect(
     plaintext: bool | None = None,
     verify: bool = True,
     congestion: str | None = None,
+    polite: bool = False,
     root: str | os.PathLike[str] | None = None,
     plugins: Plugins | None = None,
     attempt: Attempt | None = None,
@@ -60,6 +62,8 @@ def connect(
             (see `SessionReport.verified`).
         congestion: the congestion control asked for, on both sides; by default ``congestion.algorithm``. What the
             system refuses falls back; `Session.streams` tells which one is in force, and why.
+        polite: what either side sends takes no more from others than one flow does: all streams are paced together, by
+            CUBIC unless another control is asked for; where they cannot be, there is one stream.
         root: a directory that the server may read and write, as the server's own root is for this side.
         plugins: where transports come from; by default the installed ones.
         attempt: lets another thread give it up.
@@ -85,6 +89,7 @@ def connect(
             plaintext=plaintext,
             verify=verify,
             congestion=congestion,
+            polite=polite,
             root=root,
             plugins=plugins or Plugins(),
             attempt=attempt,
@@ -103,6 +108,7 @@ def _open(
     plaintext: bool | None,
     verify: bool,
     congestion: str | None,
+    polite: bool,
     root: str | os.PathLike[str] | None,
     plugins: Plugins,
     attempt: Attempt,
@@ -148,7 +154,18 @@ def _open(
     try:
         begin = profile(first_mode(channel.rtt_s), settings, streams=streams, max_streams=max_streams)
         count = begin.streams.start
-        wish = handshake.Wish(wants_plaintext, count, tuple(choice.order), verify, algorithm, begin.mode)
+        wish = handshake.Wish(
+            wants_plaintext,
+            count,
+            tuple(choice.order),
+            verify,
+            algorithm,
+            begin.mode,
+            begin.streams.least,
+            begin.streams.most,
+            Backend(settings.congestion.backend),
+            polite,
+        )
         memory = make_budget(settings).share()
         agreement = _agree(channel, token=token, wish=wish, terms=own_terms(memory), deadline=deadline)
         name = choice.settle([offer.transport for offer in agreement.peer.transports])
@@ -159,8 +176,9 @@ def _open(
             agreement.peer,
             peer=str(endpoint),
             is_opener=True,
-            congestion=controllers.policy(algorithm),
+            congestion=controllers.policy(algorithm, polite=polite),
             profile=begin,
+            streams=begin.streams,
         )
     except BaseException:
         channel.close()

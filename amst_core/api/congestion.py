@@ -58,16 +58,18 @@ class Controllers:
         _log.warning("%s (congestion.algorithm); the path decides", why)
         return AUTO
 
-    def policy(self, asked: str) -> CongestionPolicy:
-        """The choice for the lanes of a session that asks for ``asked``."""
+    def policy(self, asked: str, *, backend: Backend = Backend.AUTO, polite: bool = False) -> CongestionPolicy:
+        """The choice for the lanes of a session that asks for ``asked``, run by ``backend`` unless the settings say."""
         congestion = self._settings.congestion
+        own = Backend(congestion.backend)
         return CongestionPolicy(
             asked,
             self._system_names,
             self._broken,
-            backend=Backend(congestion.backend),
+            backend=backend if own is Backend.AUTO else own,
             base=congestion.base,
             make=self._make,
+            polite=polite,
         )
 
     def _make(self, name: str) -> CongestionController:

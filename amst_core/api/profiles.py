@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from ..control.handshake import Wish
 from ..interfaces import Mode
 from ..pacing import Range
 from ..settings.values import Settings
@@ -38,6 +39,15 @@ class Profile:
 def first_mode(rtt_s: float | None) -> Mode:
     """The mode that a session begins with, by the round trip of its control connection."""
     return Mode.INTERNET if rtt_s is not None and rtt_s > FAR_S else Mode.DATACENTER
+
+
+def agreed_streams(wish: Wish, settings: Settings) -> Range:
+    """How many streams a server has for what it sends to a client: what that wishes for, within its own bounds."""
+    most = settings.transport.amst.max_streams
+    asked = max(1, wish.streams)
+    start = min(asked, most)
+    least = asked if wish.least_streams is None else wish.least_streams
+    return Range(start, max(1, min(least, start)), max(start, min(wish.most_streams or asked, most)))
 
 
 def profile(mode: Mode, settings: Settings, *, streams: int | None = None, max_streams: int | None = None) -> Profile:

@@ -35,7 +35,7 @@ from ..wire.messages import LaneGrant
 from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_policy, session_limits
 from .choice import usable_transports
 from .congestion import Controllers
-from .profiles import profile
+from .profiles import agreed_streams, profile
 
 _log = logging.getLogger("amst.api")
 
@@ -325,8 +325,13 @@ class Server:
             agreement.peer,
             peer=peer,
             is_opener=False,
-            congestion=self._controllers.policy(self._congestion if self._congestion != AUTO else wish.congestion),
+            congestion=self._controllers.policy(
+                self._congestion if self._congestion != AUTO else wish.congestion,
+                backend=wish.backend,
+                polite=wish.polite,
+            ),
             profile=profile(wish.mode, self._settings),
+            streams=agreed_streams(wish, self._settings),
         )
         session = Session(
             core,

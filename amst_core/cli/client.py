@@ -99,6 +99,7 @@ def _session(
         plaintext=True if plaintext else None,
         verify=options.verify == "crc",
         congestion=options.congestion,
+        polite=options.polite,
     )
     try:
         with session:

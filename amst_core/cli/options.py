@@ -211,6 +211,10 @@ def _add_client(parser: _Parser) -> None:
         "-C", "--congestion", metavar="NAME|auto",
         help="congestion control on both sides, e.g. bbr or cubic (default: auto, as the path calls for)",
     )  # fmt: skip
+    parser.add_argument(
+        "--polite", action="store_true",
+        help="take no more from others than one flow does: all streams are paced together, by cubic unless -C says",
+    )  # fmt: skip
     parser.add_argument("--token-file", metavar="FILE", help="file that holds the server's token")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on standard output")
     _add_common(parser)

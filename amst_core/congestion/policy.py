@@ -26,6 +26,7 @@ FAR_S: Final = 0.010
 
 NEAR: Final = "cubic"
 FAR: Final = "bbr"
+POLITE: Final = "cubic"
 FALLBACK: Final = "cubic"
 """What is tried where the system refuses the one asked for (requirements B2)."""
 
@@ -53,7 +54,7 @@ class CongestionPolicy:
     system's own stays where the one that the path calls for is not there.
 
     Of a controller in user space ``make`` makes one for a session; ``base`` is what then runs in the system, `AUTO` its
-    own unless that is bbr.
+    own unless that is bbr. A ``polite`` session is paced in user space wherever that is possible.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class CongestionPolicy:
         backend: Backend = Backend.KERNEL,
         base: str = AUTO,
         make: Callable[[str], CongestionController] | None = None,
+        polite: bool = False,
     ) -> None:
+        self.polite = polite and make is not None
         self._asked = asked
-        self._backend = backend if make is not None else Backend.KERNEL
+        self._backend = Backend.KERNEL if make is None else Backend.USERSPACE if polite else backend
         self._base = base
         self._make = make
         self._installed = installed
@@ -146,6 +149,8 @@ class CongestionPolicy:
         return f"no installed plugin offers {name}"
 
     def _by_path(self, lane: Lane) -> tuple[str, str]:
+        if self.polite:
+            return POLITE, "for the session is to be polite"
         stats = lane.path_stats()
         rtt_s = stats.min_rtt_s if stats.min_rtt_s is not None else stats.rtt_s
         if rtt_s is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from ..congestion import AUTO, NAME
+from ..congestion import AUTO, NAME, Backend
 from ..errors import AmstError, AuthError, BrokenError, ClosedError, ConnectError, ProtocolError, error_from_kind
 from ..interfaces import Advertisement, Mode
 from ..security import keys
@@ -25,22 +25,33 @@ VERSION_REFUSED: Final = "version"
 
 SOFTWARE: Final = "software"
 STREAMS: Final = "streams"
+MIN_STREAMS: Final = "min_streams"
+MAX_STREAMS: Final = "max_streams"
 TRANSPORTS: Final = "transports"
 PLAINTEXT: Final = "plaintext"
 VERIFY: Final = "verify"
 CONGESTION: Final = "congestion"
+BACKEND: Final = "backend"
+POLITE: Final = "polite"
 MODE: Final = "mode"
 SESSION: Final = "session"
 EPOCH: Final = "epoch"
 
 SESSION_ID_SIZE: Final = 16
 
-_MODES: Final = frozenset(mode.value for mode in Mode)
+MAX_COUNT: Final = 65535
+"""Most streams that a HELLO may name."""
+
+_Value = TypeVar("_Value", bool, int, str)
+_Word = TypeVar("_Word", Mode, Backend)
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the client asks for in its HELLO: data in plaintext, lanes at once, a congestion control for what comes."""
+    """What the client asks for in its HELLO: data in plaintext, lanes at once, a congestion control for what comes.
+
+    The server may have ``least_streams`` to ``most_streams`` for what it sends; by default ``streams`` and no others.
+    """
 
     plaintext: bool
     streams: int
@@ -48,6 +59,10 @@ class Wish:
     verify: bool = True  # by CRC-32C what travels in plaintext; the rest is verified anyway
     congestion: str = AUTO  # of what the server sends
     mode: Mode = Mode.DATACENTER  # what the path looks like to the client
+    least_streams: int | None = None
+    most_streams: int | None = None
+    backend: Backend = Backend.AUTO  # who runs the congestion control of what the server sends
+    polite: bool = False  # what the server sends is to take no more than one flow's share
 
     @property
     def verified(self) -> bool:
@@ -126,6 +141,10 @@ def connect(channel: ControlChannel, *, token: bytes, wish: Wish, terms: Terms, 
             VERIFY: wish.verified,
             CONGESTION: wish.congestion,
             MODE: wish.mode.value,
+            MIN_STREAMS: wish.streams if wish.least_streams is None else wish.least_streams,
+            MAX_STREAMS: wish.streams if wish.most_streams is None else wish.most_streams,
+            BACKEND: wish.backend.value,
+            POLITE: wish.polite,
         },
         deadline,
     )
@@ -337,25 +356,41 @@ def _half(params: Params) -> bytes:
 
 
 def _wish(attributes: Mapping[str, AttributeValue]) -> Wish:
-    streams = attributes.get(STREAMS, 1)
-    transports = attributes.get(TRANSPORTS, "")
-    plaintext = attributes.get(PLAINTEXT, False)
-    verify = attributes.get(VERIFY, True)
-    congestion = attributes.get(CONGESTION, AUTO)
-    mode = attributes.get(MODE, Mode.DATACENTER.value)
-    texts = (transports, congestion, mode, attributes.get(SOFTWARE, ""))
-    # a truth value is an int for isinstance
-    if type(streams) is not int or {type(plaintext), type(verify)} != {bool} or {*map(type, texts)} != {str}:
-        raise ProtocolError("HELLO attributes of the wrong type")
-    assert isinstance(streams, int) and isinstance(transports, str), "looked at above"
-    assert isinstance(plaintext, bool) and isinstance(verify, bool) and isinstance(congestion, str), "looked at above"
-    if mode not in _MODES:
-        raise ProtocolError("HELLO names a mode that does not exist")
+    def read(key: str, default: _Value) -> _Value:
+        value = attributes.get(key, default)
+        if type(value) is not type(default):  # a truth value is an int for isinstance
+            raise ProtocolError(f"HELLO has {key} of the wrong type")
+        return value
+
+    def read_word(key: str, words: type[_Word], default: _Word) -> _Word:
+        try:
+            return words(read(key, default.value))
+        except ValueError:
+            raise ProtocolError(f"HELLO names a {key} that does not exist") from None
+
+    read(SOFTWARE, "")
+    congestion = read(CONGESTION, AUTO)
     if congestion != AUTO and not NAME.fullmatch(congestion):
         raise ProtocolError("HELLO asks for a congestion control by what is no name")
-    if not 0 <= streams <= 65535:
-        raise ProtocolError(f"HELLO asks for {streams} streams")
-    return Wish(plaintext, streams, tuple(filter(None, transports.split(","))), verify, congestion, Mode(mode))
+    streams = read(STREAMS, 1)
+    least, most = read(MIN_STREAMS, streams), read(MAX_STREAMS, streams)
+    for count in (streams, least, most):
+        if not 0 <= count <= MAX_COUNT:
+            raise ProtocolError(f"HELLO asks for {count} streams")
+    if not least <= streams <= most:
+        raise ProtocolError(f"HELLO asks for {streams} streams, which are to be {least} to {most}")
+    return Wish(
+        read(PLAINTEXT, False),
+        streams,
+        tuple(filter(None, read(TRANSPORTS, "").split(","))),
+        read(VERIFY, True),
+        congestion,
+        read_word(MODE, Mode, Mode.DATACENTER),
+        least,
+        most,
+        read_word(BACKEND, Backend, Backend.AUTO),
+        read(POLITE, False),
+    )
 
 
 def _resuming(attributes: Mapping[str, AttributeValue]) -> tuple[str, int] | None:

@@ -81,11 +81,18 @@ class SessionPacer(ABC):
 
 
 class ControllerPacer(SessionPacer):
-    """Paces lanes by ``controller``, which the system does not have, and has as many as make up for their windows."""
+    """Paces lanes by ``controller``, which the system does not have, and has as many as make up for their windows.
 
-    def __init__(self, controller: CongestionController, range: Range) -> None:
+    A ``polite`` session sends what the controller says and never more, with a fixed number of lanes: whatever that is,
+    it takes from others what one flow of the controller takes.
+    """
+
+    def __init__(self, controller: CongestionController, range: Range, *, polite: bool = False) -> None:
+        if polite:
+            range = Range(range.start, range.start, range.start)
         super().__init__(WindowTuner(range), controller)
         self._controller = controller
+        self._polite = polite
         self._losses: deque[tuple[float, int]] = deque()
 
     def look(self, lanes: Mapping[int, FlowSample], live: int, now: float, *, idle: bool) -> Pace:
@@ -95,21 +102,22 @@ class ControllerPacer(SessionPacer):
         streams = tuner.look(flow, live, now, settled=mode != "startup", idle=idle)
         if not flow.bandwidth:
             return Pace(dict.fromkeys(lanes), None, streams)
+        if self._polite:
+            total = self._allowed()
+            return Pace(self.caps(lanes, total), total, streams)
         drains = self.guard.look(flow, now) and mode == "probe_bw"
-        total = self._total(now, drains)
+        total = min(self._allowed(), DRAIN_GAIN * flow.bandwidth) if drains else self._allowed()
+        if not drains and self._loses_without_queue(now):
+            total = max(total, PROBE * flow.bandwidth)
         if flow.capacity < FREE * flow.bandwidth and not drains:
             return Pace(dict.fromkeys(lanes), total, streams)
         return Pace(self.caps(lanes, total), total, streams)
 
-    def _total(self, now: float, drains: bool) -> float:
-        flow, controller = self.flow, self._controller
-        total = controller.window / flow.rtt_s  # so no more than the window is under way
-        rate = controller.pacing_rate
-        if rate is not None:
-            total = min(total, rate)
-        if drains:
-            return min(total, DRAIN_GAIN * flow.bandwidth)
-        return max(total, PROBE * flow.bandwidth) if self._loses_without_queue(now) else total
+    def _allowed(self) -> float:
+        """Bytes/s that the controller allows now."""
+        allowed = self._controller.window / self.flow.rtt_s  # so no more than the window is under way
+        rate = self._controller.pacing_rate
+        return allowed if rate is None else min(allowed, rate)
 
     def _loses_without_queue(self, now: float) -> bool:
         """What is lost is lost at random: holding the lanes back would not help, and cost what they have left."""

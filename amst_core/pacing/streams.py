@@ -24,13 +24,16 @@ class Range:
         return self.least == self.most
 
 
+AS_ASKED: Final = "as many as were asked for"
+
+
 class StreamTuner(ABC):
     """Chooses the number of lanes within ``range``; ``reason`` says why it is that of now."""
 
     def __init__(self, range: Range) -> None:
         self.range = range
         self.wanted = range.start
-        self.reason = "as many as were asked for" if range.fixed else "as many as the mode begins with"
+        self.reason = AS_ASKED if range.fixed else "as many as the mode begins with"
 
     @property
     def goal(self) -> int:
@@ -48,6 +51,11 @@ class StreamTuner(ABC):
 
         ``settled``: the bandwidth of the path is known; ``idle``: the application has nothing more to send.
         """
+
+    def fix(self, range: Range) -> None:
+        """Have so many lanes from now on: somebody has said so."""
+        self.range = range
+        self.choose(range.start, AS_ASKED)
 
     def choose(self, wanted: int, reason: str) -> int:
         """Have ``wanted`` lanes, as far as the range goes, for ``reason``."""
@@ -187,6 +195,10 @@ class RateTuner(StreamTuner):
     @property
     def goal(self) -> int:
         return self._target
+
+    def fix(self, range: Range) -> None:
+        super().fix(range)
+        self._target = self.wanted
 
     def look(self, flow: SessionFlow, live: int, now: float, *, settled: bool, idle: bool) -> int:
         if not settled or self.range.fixed or not live:

@@ -718,14 +718,26 @@ class SessionCore:
             return
         name = worker.congestion.controller
         if name is not None:
-            pacer: SessionPacer = ControllerPacer(self.congestion.make_controller(name), self._streams_range)
+            controller = self.congestion.make_controller(name)
+            pacer: SessionPacer = ControllerPacer(controller, self._streams_range, polite=self.congestion.polite)
         else:
             flow = worker.lane.flow_sample()
+            if self.congestion.polite:
+                _log.warning("%s: %s; it is polite with one stream", self.peer, worker.congestion.reason)
+                self._streams_range = Range(1, 1, 1)
+                self.want_streams(1)
             if flow is None or flow.min_rtt_s < FAR_S:
                 return
             pacer = GuardPacer(self._streams_range)
         self._pacing = SessionPacing(self, pacer)
         self._pacing.start()
+
+    def fix_streams(self, count: int) -> None:
+        """There are to be ``count`` lanes, whatever the path needs: somebody has said so."""
+        with self.lock:
+            self._streams_range = Range(count, count, count)
+            if self._pacing is not None:
+                self._pacing.fix_streams(self._streams_range)
 
     def bound_chunks(self, nbytes: int) -> None:
         """Chunks are to be no longer than ``nbytes``, for what a lane has taken on cannot go by another."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import AmstError
 from ..interfaces import FlowSample
-from ..pacing import Pace, SessionPacer
+from ..pacing import Pace, Range, SessionPacer
 
 if TYPE_CHECKING:
     from .core import SessionCore
@@ -43,7 +43,7 @@ class SessionPacing:
         self._told_at = 0.0
         self._awake = threading.Event()
         self._ended = False
-        self._streams: int | None = None
+        self._streams = pacer.tuner.wanted
         self._told_streams: tuple[int, str] | None = None
         self._thread = threading.Thread(target=self._run, name="amst-pacing", daemon=True)
 
@@ -53,6 +53,11 @@ class SessionPacing:
     def wake(self) -> None:
         """There is something to send."""
         self._awake.set()
+
+    def fix_streams(self, range: Range) -> None:
+        """There is nothing to choose any more."""
+        self._streams = range.start
+        self._pacer.tuner.fix(range)
 
     def end(self) -> None:
         """The session has ended."""

@@ -381,6 +381,7 @@ class Session:
             raise UsageError(f"{count} streams: 1 to {self.max_streams} (transport.amst.max_streams) are possible")
         core = self.core
         deadline = time.monotonic() + ADJUST_TIMEOUT_S
+        core.fix_streams(count)
         with self._adjusting:
             settled = self._wish(count)
             with core.lock:
@@ -416,6 +417,8 @@ class Session:
             with self._adjusting:
                 self._wish(count)
                 with self.core.lock:
+                    if self.core.engine.receiving:
+                        return  # the peer may need them for what it sends
                     for worker in self.core.live_lanes_locked()[count:]:
                         worker.leave_locked()
         except AmstError as err:
