@@ -556,7 +556,8 @@ class SessionMetrics:
     """A session's numbers at one instant (requirements A2); totals since it opened.
 
     Throughput is the larger direction over the last 5 s; utilisation relates it to the sum of the
-    lanes' estimated delivery rates; None means not yet known.
+    lanes' estimated delivery rates; ``streams_reason`` says why there are as many as there are; None means not yet
+    known.
     """
 
     session_id: str
@@ -567,6 +568,7 @@ class SessionMetrics:
     congestion_backend: str | None
     congestion_reason: str | None
     active_streams: int
+    streams_reason: str
     total_streams: int
     failed_connections: int
     bytes_sent: int

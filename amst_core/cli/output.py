@@ -58,6 +58,7 @@ class Report:
     failed: list[Failure] = field(default_factory=list)
     error: Mapping[str, object] | None = None
     congestion_reason: str | None = None
+    streams_reason: str | None = None
     lanes: list[Mapping[str, object]] = field(default_factory=list)
     dry_run: Mapping[str, object] | None = None
     arrived_bytes: int = 0
@@ -73,6 +74,7 @@ class Report:
         self.congestion = metrics.congestion
         self.congestion_backend = metrics.congestion_backend
         self.congestion_reason = metrics.congestion_reason
+        self.streams_reason = metrics.streams_reason
         self.lanes = [_lane(stream) for stream in metrics.streams]
         self.encrypted = about.encrypted
         self.verified = about.verified
@@ -114,6 +116,8 @@ def _lane(stream: StreamHealth) -> dict[str, object]:
         "pacing_rate": path.pacing_rate,
         "chunk_size": stream.chunk_size,
         "congestion": path.congestion,
+        "congestion_backend": None if congestion is None else congestion.backend,
+        "congestion_controller": None if congestion is None else congestion.controller,
         "congestion_asked": None if congestion is None else congestion.asked,
         "congestion_reason": None if congestion is None else congestion.reason,
     }

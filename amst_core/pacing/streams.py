@@ -23,8 +23,10 @@ class Range:
         """There is nothing to choose."""
         return self.least == self.most
 
-
-AS_ASKED: Final = "as many as were asked for"
+    @property
+    def reason(self) -> str:
+        """Why it begins with so many."""
+        return "as many as were asked for" if self.fixed else "as many as the mode begins with"
 
 
 class StreamTuner(ABC):
@@ -33,7 +35,7 @@ class StreamTuner(ABC):
     def __init__(self, range: Range) -> None:
         self.range = range
         self.wanted = range.start
-        self.reason = AS_ASKED if range.fixed else "as many as the mode begins with"
+        self.reason = range.reason
 
     @property
     def goal(self) -> int:
@@ -55,7 +57,7 @@ class StreamTuner(ABC):
     def fix(self, range: Range) -> None:
         """Have so many lanes from now on: somebody has said so."""
         self.range = range
-        self.choose(range.start, AS_ASKED)
+        self.choose(range.start, range.reason)
 
     def choose(self, wanted: int, reason: str) -> int:
         """Have ``wanted`` lanes, as far as the range goes, for ``reason``."""

@@ -732,6 +732,12 @@ class SessionCore:
         self._pacing = SessionPacing(self, pacer)
         self._pacing.start()
 
+    @property
+    def streams_reason(self) -> str:
+        """Why there are as many lanes as there are."""
+        pacing = self._pacing
+        return self._streams_range.reason if pacing is None else pacing.streams_reason
+
     def fix_streams(self, count: int) -> None:
         """There are to be ``count`` lanes, whatever the path needs: somebody has said so."""
         with self.lock:

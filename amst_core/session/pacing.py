@@ -54,6 +54,11 @@ class SessionPacing:
         """There is something to send."""
         self._awake.set()
 
+    @property
+    def streams_reason(self) -> str:
+        """Why there are as many lanes as there are."""
+        return self._pacer.tuner.reason
+
     def fix_streams(self, range: Range) -> None:
         """There is nothing to choose any more."""
         self._streams = range.start

@@ -52,6 +52,7 @@ class Telemetry:
             congestion_backend="+".join(backends) or None,
             congestion_reason="; or ".join(sorted({one.reason for one in in_force})) or None,
             active_streams=len(live),
+            streams_reason=core.streams_reason,
             total_streams=core.total_lanes,
             failed_connections=core.failed_connections,
             bytes_sent=sent,
