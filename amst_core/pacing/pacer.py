@@ -20,7 +20,7 @@ TICK_S: Final = 0.02
 SHORT_PATH_S: Final = 0.02
 
 FREE: Final = 1.6
-"""Lanes whose windows allow less than so many times the bandwidth are not paced.
+"""Lanes whose windows allow less than so many times what the path carries, and the controller allows, are not paced.
 
 A window grows only while it is what limits its lane (RFC 7661), so pacing would keep it from coming back.
 """
@@ -33,7 +33,6 @@ _FULL_PATH: Final = 1.15
 _LOSSES: Final = 3  # segments; fewer may be the last of a queue that overflowed long ago
 _SHORT_QUEUE: Final = 0.1  # of the shortest round trip
 _LEAST_WAIT_S: Final = 0.002
-_LEAST_SEGMENTS: Final = 0.5  # per round trip and lane: it must notice when its path is back
 _FULL_GROWTH: Final = 1.25
 _FULL_ROUNDS: Final = 3
 
@@ -75,9 +74,7 @@ class SessionPacer(ABC):
         """Share ``total`` out; lanes that have nothing to send lend their share, and find room when they have."""
         rtt_s = self.flow.min_rtt_s
         busy = {id: lane for id, lane in lanes.items() if lane.unsent or lane.in_flight}
-        cap = shares(total, {id: PROBE * lane.window / rtt_s for id, lane in busy.items()})
-        mss = max(lane.mss for lane in lanes.values())
-        return dict.fromkeys(lanes, max(cap, _LEAST_SEGMENTS * mss / rtt_s))
+        return dict.fromkeys(lanes, shares(total, {id: PROBE * lane.window / rtt_s for id, lane in busy.items()}))
 
 
 class ControllerPacer(SessionPacer):
@@ -109,7 +106,7 @@ class ControllerPacer(SessionPacer):
         total = min(self._allowed(), DRAIN_GAIN * flow.bandwidth) if drains else self._allowed()
         if not drains and self._loses_without_queue(now):
             total = max(total, PROBE * flow.bandwidth)
-        if flow.capacity < FREE * flow.bandwidth and not drains:
+        if flow.capacity < FREE * min(flow.bandwidth, total / DRAIN_GAIN) and not drains:
             return Pace(dict.fromkeys(lanes), total, streams)
         return Pace(self.caps(lanes, total), total, streams)
 

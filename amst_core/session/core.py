@@ -725,7 +725,7 @@ class SessionCore:
             if self.congestion.polite:
                 _log.warning("%s: %s; it is polite with one stream", self.peer, worker.congestion.reason)
                 self._streams_range = Range(1, 1, 1)
-                self.want_streams(1)
+                self.background.later(lambda: self.want_streams(1))
             if flow is None or flow.min_rtt_s < FAR_S:
                 return
             pacer = GuardPacer(self._streams_range)

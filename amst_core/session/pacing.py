@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from ..errors import AmstError
@@ -77,52 +78,58 @@ class SessionPacing:
                 live = len(core.live_lanes_locked())
                 busy = core.engine.sending > 0
                 idle = not core.engine.has_chunks
-            samples: dict[int, FlowSample] = {}
-            for worker in workers:
-                sample = worker.lane.flow_sample()
-                if sample is not None:
-                    samples[worker.id] = sample
-            if not busy and not any(sample.in_flight for sample in samples.values()):
+            if not (busy and workers):
+                self._apply(dict.fromkeys(self._caps), workers)  # what answers the peer is not held back
                 self._awake.wait(_REST_S)
                 self._awake.clear()
                 continue
+            samples = {worker.id: sample for worker in workers if (sample := worker.lane.flow_sample()) is not None}
             now = time.monotonic()
             pace = pacer.look(samples, live, now, idle=idle)
             if now >= self._told_at and _log.isEnabledFor(logging.DEBUG):
                 self._told_at = now + _TOLD_S
                 _log.debug("%s", self._told(pace, live))
             self._bound_unsent(samples, workers)
-            self._apply(pace, {worker.id: worker for worker in workers})
+            self._apply(pace.caps, workers)
+            self._tell_streams(pace)
             time.sleep(pacer.tick_s)
 
     def _bound_unsent(self, samples: dict[int, FlowSample], workers: list[LaneWorker]) -> None:
         """Keep what waits in each lane, and cannot be moved to another, near what it sends in `_UNSENT_S`."""
+        unsent: dict[int, int] = {}
         for worker in workers:
             sample = samples.get(worker.id)
             if sample is None:
                 continue
             wanted = _power_of_two(int(sample.window / sample.rtt_s * _UNSENT_S))
+            unsent[worker.id] = wanted
             if wanted != self._unsent.get(worker.id):
-                self._unsent[worker.id] = wanted
                 worker.lane.limit_unsent(wanted)
+        self._unsent = unsent
         bandwidth = self._pacer.flow.bandwidth
-        if bandwidth:
+        if bandwidth and samples:
             self._core.bound_chunks(_power_of_two(int(bandwidth / len(samples) * 2 * _UNSENT_S)))
 
-    def _apply(self, pace: Pace, workers: dict[int, LaneWorker]) -> None:
-        caps: dict[int, float | None] = {}
-        for id, cap in pace.caps.items():
-            before = self._caps.get(id)
+    def _apply(self, caps: Mapping[int, float | None], workers: list[LaneWorker]) -> None:
+        """Have each lane keep to its cap."""
+        in_force: dict[int, float | None] = {}
+        for worker in workers:
+            if worker.id not in caps:
+                continue
+            cap, before = caps[worker.id], self._caps.get(worker.id)
             if cap == before or (cap and before and abs(cap - before) < _LEAST_CHANGE * before):
-                caps[id] = before
+                in_force[worker.id] = before
                 continue
             try:
-                workers[id].lane.set_pacing(cap)
+                worker.lane.set_pacing(cap)
             except AmstError as err:
-                _log.debug("stream %d is not paced: %s", id, err)
+                _log.debug("stream %d is not paced: %s", worker.id, err)
                 continue
-            caps[id] = cap
-        self._caps = caps
+            in_force[worker.id] = cap
+        self._caps = in_force
+
+    def _tell_streams(self, pace: Pace) -> None:
+        """Have as many lanes as are wanted; say so when that changes."""
         tuner = self._pacer.tuner
         if (tuner.goal, tuner.reason) != self._told_streams:
             self._told_streams = tuner.goal, tuner.reason

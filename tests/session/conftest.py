@@ -81,6 +81,8 @@ class Net:
         plugins: Plugins | None = None,
         transport: str | None = None,
         congestion: str | None = None,
+        max_streams: int | None = None,
+        polite: bool = False,
         **overrides: object,
     ) -> Session:
         """A session with ``server``, once all its streams are up."""
@@ -95,6 +97,8 @@ class Net:
             plugins=plugins,
             transport=transport,
             congestion=congestion,
+            max_streams=max_streams,
+            polite=polite,
         )
         self._stack.callback(session.abort)
         if wait and streams is not None:

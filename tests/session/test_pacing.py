@@ -1,217 +1,263 @@
-"""A rate limit bounds what goes over all streams together, may change at any time, and the lower of two holds."""
+"""A session that is paced in user space, and whose streams follow its path: who decides, who is told, what is set."""
 
 from __future__ import annotations
 
-import os
+import logging
+import socket
 import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from amst_core import Session
-from amst_core.engine.pace import BURST_S
-from amst_core.errors import ProtocolError, UsageError
-from amst_core.session.core import MIN_RATE
-from amst_core.wire import requests as ops
-from amst_core.wire.frames import FrameHeader, FrameKind
+from amst_core.congestion import FlowAccount
+from amst_core.errors import UnavailableError
+from amst_core.hookspecs import hookimpl
+from amst_core.interfaces import CongestionController
+from amst_core.pacing import Range
+from amst_core.plugins import Plugins
 
 pytestmark = pytest.mark.needs_transport
 
-MIB = 1 << 20
-CHUNK = MIB
+RATE = 4_000_000.0
+SO_MAX_PACING_RATE = 47
+USERSPACE = {"congestion__backend": "userspace"}
 
 
-@pytest.fixture(scope="module")
-def payload() -> bytes:
-    return os.urandom(8 * MIB)
+class Controller(CongestionController):
+    """Allows `RATE`, whatever happens."""
+
+    window = 1 << 30
+    pacing_rate = RATE
+
+    def __init__(self, name: str, kernel_name: str | None) -> None:
+        self.name = name  # type: ignore[misc]
+        self.kernel_name = kernel_name  # type: ignore[misc]
+        self.acknowledged = 0
+
+    def on_sent(self, **_: object) -> None:
+        pass
+
+    def on_ack(self, sample: Any) -> None:
+        self.acknowledged += sample.acked
+
+    def on_loss(self, **_: object) -> None:
+        pass
+
+    def state(self) -> Any:
+        return {**FlowAccount().state(self.name, window=self.window, pacing_rate=RATE), "mode": "steady"}
 
 
-class Meter:
-    """Watches a count of bytes; at every look it must be within what a rate allows since the meter was made."""
+class Plugin:
+    def __init__(self, name: str, kernel_name: str | None) -> None:
+        self.name, self.kernel_name = name, kernel_name
+        self.made: list[Controller] = []
 
-    def __init__(self, count: Callable[[], int], rate: float, *, slack: int = 0) -> None:
-        self._count = count
-        self._rate = rate
-        self._slack = slack + 2 * rate * BURST_S  # the burst, and a chunk, which is no longer than one
-        self._began_at, self._began = time.monotonic(), count()
-        self.moved = 0
-
-    def look(self) -> int:
-        self.moved = self._count() - self._began  # before the time: so the bound can only be too large
-        assert self.moved <= self._rate * (time.monotonic() - self._began_at) + self._slack, "faster than the limit"
-        return self.moved
-
-    def until(self, net: Any, condition: Callable[[], object], what: str) -> None:
-        def looked() -> object:
-            self.look()
-            return condition()
-
-        net.wait_until(looked, what)
+    @hookimpl
+    def amst_make_controller(self, name: str, options: object, mss: int) -> Controller | None:
+        if name != self.name:
+            return None
+        self.made.append(Controller(name, self.kernel_name))
+        return self.made[-1]
 
 
-def verified(session: Session) -> Callable[[], int]:
-    return lambda: session.core.engine.bytes_verified
+def offering(**names: str | None) -> Plugins:
+    plugins = Plugins()
+    for name, kernel_name in names.items():
+        plugins.register(Plugin(name, kernel_name), "amst.congestion", name)
+    return plugins
 
 
-@pytest.mark.parametrize("streams", [1, 8])
-@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
-def test_the_limit_holds_over_all_streams_together(net: Any, payload: bytes, streams: int, plaintext: bool) -> None:
-    rate = 4 * MIB
-    pair = net.pair(streams=streams, plaintext=plaintext)
-    pair.near.limit_rate(rate)
-    meter = Meter(verified(pair.far), rate)
-    ticket = pair.near.send(payload)
-    meter.until(net, lambda: ticket.done, "the message")
-    assert meter.moved == len(payload)
-    assert pair.far.recv(timeout=20) == payload
-    ticket.wait(0)
-    used = [stream for stream in pair.near.metrics().streams if stream.bytes_sent]
-    assert len(used) > 1 or streams == 1, "streams take turns"
+def caps(session: Any) -> list[int]:
+    """What the system lets each stream send at most, bytes/s."""
+    found = []
+    for worker in list(session.core.lanes.values()):
+        raw = worker.lane._sock.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8)
+        found.append(int.from_bytes(raw, "little"))
+    return found
 
 
-def test_many_small_messages_are_limited_too(net: Any) -> None:
-    rate = 512 << 10
-    pair = net.pair(streams=4)
-    pair.near.limit_rate(rate)
-    meter = Meter(verified(pair.far), rate)
-    for i in range(600):
-        pair.near.send(i.to_bytes(2, "big") * 1000)
-        meter.look()
-        pair.far.recv(timeout=20)
-    meter.until(net, lambda: not pair.near.core.unfinished(), "the rest")
-    assert meter.moved == 600 * 2000
-
-
-def test_it_may_change_while_bytes_flow(net: Any, spawn: Any, payload: bytes) -> None:
-    pair = net.pair(streams=4)
-    stop = threading.Event()
+@contextmanager
+def traffic(sender: Any, receiver: Any) -> Iterator[None]:
+    """Messages, one after the other, during the block."""
+    ended = threading.Event()
 
     def send() -> None:
-        while not stop.is_set():
-            pair.near.send(payload).wait(60)
-        pair.near.send(b"").wait(60)
+        while not ended.is_set():
+            sender.send(bytes(1 << 18)).wait(20)
+        sender.send(b"").wait(20)
 
     def receive() -> None:
-        while pair.far.recv(timeout=60):
+        while receiver.recv(timeout=20):
             pass
 
-    tasks = [spawn(send), spawn(receive)]
-    count = verified(pair.far)
-    net.wait_until(lambda: count() > 64 * MIB, "traffic without a limit")
-    for rate in (2 * MIB, 6 * MIB, MIB):
-        pair.near.limit_rate(rate)
-        # each stream may have one chunk of those cut before
-        meter = Meter(count, rate, slack=8 * CHUNK)  # one more each may be in a socket
-        meter.until(net, lambda meter=meter, rate=rate: meter.moved > 4 * CHUNK + rate // 2, f"some at {rate} bytes/s")
-    pair.near.limit_rate(None)
-    before = count()
-    net.wait_until(lambda: count() > before + 64 * MIB, "traffic without a limit again", 15)
-    stop.set()
-    for task in tasks:
-        task.outcome(30)
-    assert pair.near.metrics().lane_failures == 0
-    assert pair.near.metrics().retransmitted_bytes == 0, "what waits for its turn is not late"
-
-
-def test_the_other_side_may_be_asked_to_hold_back(net: Any, tmp_path: Path, spawn: Any, payload: bytes) -> None:
-    rate = 3 * MIB
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "file").write_bytes(payload)
-    pair = net.pair(streams=4, root=tmp_path / "root")
-    pair.near.limit_peer_rate(rate)
-    meter = Meter(verified(pair.near), rate)
-    copying = spawn(pair.near.recv_file, "file", tmp_path / "copy")
-    meter.until(net, lambda: not copying.running, "the copy")
-    copying.outcome()
-    assert meter.moved == len(payload)
-    assert (tmp_path / "copy").read_bytes() == payload
-    pair.near.limit_peer_rate(None)
-    pair.near.recv_file("file", tmp_path / "again")
-    assert pair.far.core._rates == [None, None]
-
-
-@pytest.mark.parametrize("lower", ["own", "the peer's"])
-def test_the_lower_of_two_limits_holds(net: Any, payload: bytes, lower: str) -> None:
-    low, high = 2 * MIB, 200 * MIB
-    pair = net.pair(streams=2)
-    pair.near.limit_rate(low if lower == "own" else high)
-    pair.far.limit_peer_rate(high if lower == "own" else low)
-    meter = Meter(verified(pair.far), low)
-    ticket = pair.near.send(payload[: 4 * MIB])
-    meter.until(net, lambda: ticket.done, "the message")
-    pair.far.recv(timeout=20)
-    # the other one holds when this one goes
-    if lower == "own":
-        pair.near.limit_rate(None)
-        pair.far.limit_peer_rate(low)
-    else:
-        pair.far.limit_peer_rate(None)
-        pair.near.limit_rate(low)
-    meter = Meter(verified(pair.far), low)
-    ticket = pair.near.send(payload[: 2 * MIB])
-    meter.until(net, lambda: ticket.done, "the second message")
-
-
-@pytest.mark.parametrize("rate", [0, 1, MIN_RATE - 1, -5])
-def test_less_than_the_least_is_refused(net: Any, rate: float) -> None:
-    pair = net.pair()
-    for limit in (pair.near.limit_rate, pair.near.limit_peer_rate):
-        with pytest.raises(UsageError, match="16384 is the least"):
-            limit(rate)
-
-
-def test_a_peer_cannot_slow_this_side_down_below_the_least(net: Any) -> None:
-    pair = net.pair()
-    pair.near.requests.ask(ops.PACE, {ops.RATE: 1}).wait(20)
-    assert pair.far.core._rates == [None, MIN_RATE]
-    for bad in (-1, "fast", True):
-        with pytest.raises(ProtocolError):
-            pair.near.requests.ask(ops.PACE, {ops.RATE: bad}).wait(20)
-    assert pair.far.core._rates == [None, MIN_RATE]
-
-
-def test_the_stream_that_waits_for_its_turn_may_be_stuck_in_a_frame_of_its_own(
-    net: Any, wrap_lanes: Any, wrapped_lane: Any, payload: bytes
-) -> None:
-    over = threading.Event()
-    stuck: list[Any] = []
-
-    class StuckLane(wrapped_lane):  # type: ignore[misc]
-        def send_frame(self, header: bytes, payload: memoryview) -> None:
-            if header[1] == int(FrameKind.PING):
-                stuck.append(self)
-                assert over.wait(20)
-            super().send_frame(header, payload)
-
-        def abort(self) -> None:
-            over.set()
-            super().abort()
-
-    wrap_lanes(near=StuckLane)
-    pair = net.pair(streams=2)
-    core = pair.near.core
-    core.limit_rate(2 * MIB)
-    ticket = pair.near.send(payload[: 3 * MIB])
-    net.wait_until(lambda: core._paced is not None and pair.far.core.engine.bytes_verified > MIB, "one to wait")
-    with core.lock:
-        waiting = core._paced or core.live_lanes_locked()[0]
-        waiting.send_frame_locked(FrameHeader(FrameKind.PING, offset=1))
+    threads = [threading.Thread(target=send), threading.Thread(target=receive)]
+    for thread in threads:
+        thread.start()
     try:
-        net.wait_until(lambda: stuck, "it to be stuck")
-        ticket.wait(20)
-        assert not over.is_set()
+        yield
     finally:
-        over.set()
-    assert pair.far.recv(timeout=20) == payload[: 3 * MIB]
+        ended.set()
+        for thread in threads:
+            thread.join(30)
 
 
-def test_the_end_of_a_session_does_not_wait_for_a_limit(net: Any, payload: bytes) -> None:
+def refuse(monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    """Have the one place that sets a congestion control answer as a kernel does that does not allow it."""
+    from amst_tcp import lane
+
+    choose = lane.choose_congestion
+
+    def choosing(sock: socket.socket, algorithm: str) -> str:
+        if algorithm == refused:
+            raise UnavailableError(f"this process may not use {algorithm} (EPERM)")
+        return choose(sock, algorithm)
+
+    monkeypatch.setattr(lane, "choose_congestion", choosing)
+
+
+def in_force(session: Any) -> set[tuple[str | None, str | None]]:
+    return {(one.congestion.backend, one.congestion.controller) for one in session.streams()}
+
+
+# ---- who paces ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sends", ["client", "server"])
+def test_one_pace_is_shared_out_to_all_streams_of_whoever_sends(net: Any, sends: str) -> None:
+    plugins = offering(steady=None)
+    server = net.server(plugins=plugins)
+    near = net.connect(server, plugins=plugins, congestion="steady", streams=3, **USERSPACE)
+    far = server.accept(5)
+    net.wait_until(lambda: len(far.core.lanes) == 3, "three streams")
+    assert in_force(near) == in_force(far) == {("userspace", "steady")}
+    assert near.metrics().congestion_backend == "userspace"
+    sender, receiver = (near, far) if sends == "client" else (far, near)
+    with traffic(sender, receiver):
+        net.wait_until(lambda: sum(caps(sender)) < 4 * RATE, "the streams to be paced")
+        net.wait_until(lambda: RATE * 0.97 <= sum(caps(sender)) or min(caps(sender)) >= RATE / 3, "all to have room")
+    assert all(cap > 1 << 40 for cap in caps(receiver)), "what only answers is not paced"
+
+
+def test_what_the_system_refuses_is_done_in_user_space(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, "reno")
+    plugins = offering(newreno="reno")
+    near = net.connect(net.server(plugins=plugins), plugins=plugins, congestion="newreno")
+    assert in_force(near) == {("userspace", "newreno")}
+    reason = near.metrics().congestion_reason
+    assert "newreno, asked for; this process may not use reno (EPERM); paced in user space over" in reason
+
+
+def test_what_the_system_has_is_left_to_it(net: Any) -> None:
+    plugins = offering(newreno="reno")
+    near = net.connect(net.server(plugins=plugins), plugins=plugins, congestion="newreno")
+    assert in_force(near) == {("kernel", None)}
+    assert {one.congestion.algorithm for one in near.streams()} == {"reno"}
+
+
+def test_the_system_alone_falls_back_when_it_refuses(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, "reno")
+    plugins = offering(newreno="reno")
+    near = net.connect(
+        net.server(plugins=plugins), plugins=plugins, congestion="newreno", congestion__backend="kernel"
+    )
+    assert in_force(near) <= {("kernel", None)}
+    assert "this process may not use reno (EPERM)" in near.metrics().congestion_reason
+    assert {one.congestion.algorithm for one in near.streams()} != {"reno"}
+
+
+def test_the_base_is_what_the_setting_says(net: Any) -> None:
+    plugins = offering(steady=None)
+    near = net.connect(
+        net.server(plugins=plugins), plugins=plugins, congestion="steady", congestion__base="reno", **USERSPACE
+    )
+    assert {one.congestion.algorithm for one in near.streams()} == {"reno"}
+    assert "paced in user space over the system's reno" in near.metrics().congestion_reason
+
+
+def test_what_a_server_is_set_to_counts_more_than_the_wish(net: Any) -> None:
+    plugins = offering(newreno="reno")
+    server = net.server(plugins=plugins, congestion__backend="kernel")
+    net.connect(server, plugins=plugins, congestion="newreno", **USERSPACE)
+    far = server.accept(5)
+    net.wait_until(lambda: far.streams(), "a stream")
+    assert in_force(far) == {("kernel", None)}
+
+
+# ---- polite ------------------------------------------------------------------------------------
+
+
+def test_a_polite_session_is_one_flow_on_both_sides(net: Any) -> None:
+    plugins = offering(cubic="cubic")
+    server = net.server(plugins=plugins)
+    near = net.connect(server, plugins=plugins, polite=True, streams=2)
+    far = server.accept(5)
+    net.wait_until(lambda: len(far.core.lanes) == 2, "both streams")
+    assert in_force(near) == in_force(far) == {("userspace", "cubic")}
+    assert "cubic, for the session is to be polite" in near.metrics().congestion_reason
+    with traffic(near, far):
+        net.wait_until(lambda: max(caps(near)) <= RATE, "the streams to be paced")
+
+
+def test_one_that_cannot_be_paced_is_polite_with_one_stream(
+    net: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from amst_tcp.lane import TcpLane
+
+    def refuse(lane: TcpLane, bytes_per_s: float | None) -> None:
+        raise UnavailableError("this system does not pace")
+
+    monkeypatch.setattr(TcpLane, "set_pacing", refuse)
+    caplog.set_level(logging.WARNING, "amst.session")
+    plugins = offering(cubic="cubic")
+    near = net.connect(net.server(plugins=plugins), plugins=plugins, polite=True, streams=4, wait=False)
+    net.wait_until(lambda: len(near.core.lanes) == 1, "the others to go")
+    net.stays(lambda: len(near.core.lanes) == 1, "one stream")
+    assert "this system does not pace; it is polite with one stream" in caplog.text
+
+
+# ---- how many streams --------------------------------------------------------------------------
+
+
+def test_the_server_learns_how_many_streams_it_may_have(net: Any) -> None:
+    server = net.server()
+    net.connect(server, streams=None, max_streams=3, transport__modes__datacenter_streams=2)
+    net.connect(server, streams=2)
+    ranges = [server.accept(5).core._streams_range for _ in range(2)]
+    assert ranges == [Range(2, 1, 3), Range(2, 2, 2)]
+
+
+def test_streams_come_and_go_as_the_path_needs_them(net: Any) -> None:
     pair = net.pair(streams=2)
-    pair.near.limit_rate(MIN_RATE)
-    ticket = pair.near.send(payload)
-    pair.near.abort()
-    assert pair.near.wait_closed(10)
-    assert ticket.done
+    pair.near.core.want_streams(5)
+    net.wait_until(lambda: len(pair.far.core.live_lanes_locked()) == 5, "three more")
+    pair.far.core.want_streams(7)
+    net.wait_until(lambda: len(pair.near.core.live_lanes_locked()) == 7, "two more that the server asked for")
+    pair.near.core.want_streams(3)
+    net.wait_until(lambda: len(pair.far.core.lanes) == 3, "four to go")
+    pair.near.send(bytes(1 << 20)).wait(20)
+    assert len(pair.far.recv(timeout=20)) == 1 << 20
+
+
+def test_none_goes_that_the_peer_sends_over(net: Any) -> None:
+    payload = bytes(8 << 20)
+    pair = net.pair(streams=3)
+    pair.far.limit_rate(len(payload) / 4)
+    ticket = pair.far.send(payload)
+    net.wait_until(lambda: pair.near.core.engine.receiving, "something to come")
+    pair.near.core.want_streams(1)
+    assert len(pair.near.core.live_lanes_locked()) == 3
+    pair.far.limit_rate(None)
+    ticket.wait(20)
+    assert pair.near.recv(timeout=20) == payload
+    pair.near.core.want_streams(1)
+    net.wait_until(lambda: len(pair.far.core.lanes) == 1, "two to go once nothing comes")
+
+
+def test_who_says_how_many_streams_there_are_to_be_is_heard(net: Any) -> None:
+    near = net.connect(net.server(), streams=None, transport__modes__datacenter_streams=2)
+    assert near.metrics().streams_reason == "as many as the mode begins with"
+    assert near.adjust_streams(3) == 3
+    assert near.core._streams_range == Range(3, 3, 3)
+    assert near.metrics().streams_reason == "as many as were asked for"

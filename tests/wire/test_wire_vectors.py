@@ -361,7 +361,8 @@ def test_the_document_names_every_operation_and_attribute():
     assert [cells[0] for cells in table("operation | attributes | REPLY")] == [f"`{name}`" for name in operations]
     wishes = (
         handshake.SOFTWARE, handshake.STREAMS, handshake.TRANSPORTS, handshake.PLAINTEXT, handshake.VERIFY,
-        handshake.CONGESTION, handshake.MODE,
+        handshake.CONGESTION, handshake.MODE, handshake.MIN_STREAMS, handshake.MAX_STREAMS, handshake.BACKEND,
+        handshake.POLITE,
     )  # fmt: skip
     resuming = f"`{handshake.SESSION}`, `{handshake.EPOCH}`"
     assert [cells[0] for cells in table("key | type | meaning")] == [*(f"`{key}`" for key in wishes), resuming]
