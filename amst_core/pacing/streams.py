@@ -127,7 +127,7 @@ class WindowTuner(StreamTuner):
         step = math.ceil(there * (HEADROOM * flow.bandwidth / capacity - 1)) if capacity else at_once
         step = max(1, min(step, at_once))
         if flow.bandwidth > _HELPED * self._bandwidth_before:
-            step = max(step, at_once)  # the last ones helped, and how much more there is nobody knows
+            step = max(step, there)  # the last ones helped, and how much more there is nobody knows
         self._bandwidth_before = flow.bandwidth
         return self.choose(there + step, _windows(flow))
 
