@@ -19,6 +19,9 @@ TICK_S: Final = 0.02
 
 SHORT_PATH_S: Final = 0.02
 
+NEAR_TICK_S: Final = 0.2
+NEAR_PATIENCE_S: Final = 1.0
+
 FREE: Final = 1.6
 """Lanes whose windows allow less than so many times what the path carries, and the controller allows, are not paced.
 
@@ -53,18 +56,29 @@ class Pace:
 
 
 class SessionPacer(ABC):
-    """Says how fast the lanes of one session may send, and how many there should be, each time it looks at them."""
+    """Says how fast the lanes of one session may send, and how many there should be, each time it looks at them.
 
-    def __init__(self, tuner: StreamTuner, controller: CongestionController | None) -> None:
+    Attributes:
+        patience_s: what is sent in less time is not looked at.
+        bounds: lanes are to hold little that waits, so that it can go by whichever has room.
+    """
+
+    patience_s: float = 0.0
+    bounds: bool = True
+
+    def __init__(
+        self, tuner: StreamTuner, controller: CongestionController | None = None, *, tick_s: float = TICK_S
+    ) -> None:
         self.tuner = tuner
         self.controller = controller
-        self.flow = SessionFlow(controller, tick_s=TICK_S)
+        self.flow = SessionFlow(controller, tick_s=tick_s)
         self.guard = QueueGuard()
+        self._tick_s = tick_s
 
     @property
     def tick_s(self) -> float:
         """When to look again."""
-        return TICK_S / 2 if 0 < self.flow.min_rtt_s <= SHORT_PATH_S else TICK_S
+        return self._tick_s / 2 if 0 < self.flow.min_rtt_s <= SHORT_PATH_S else self._tick_s
 
     @abstractmethod
     def look(self, lanes: Mapping[int, FlowSample], live: int, now: float, *, idle: bool) -> Pace:
@@ -132,10 +146,14 @@ class GuardPacer(SessionPacer):
     """Leaves lanes to the system's congestion control, which paces each by itself, but for the queue that they make.
 
     Several BBR flows each take the others' queue for their own round trip, and keep up to the path's product waiting.
+    On a ``near`` path queues are too short to tell from a busy machine: there only the number of lanes is chosen.
     """
 
-    def __init__(self, range: Range) -> None:
-        super().__init__(RateTuner(range), None)
+    def __init__(self, range: Range, *, near: bool = False) -> None:
+        super().__init__(RateTuner(range, upwards=not near), tick_s=NEAR_TICK_S if near else TICK_S)
+        self._near = near
+        self.bounds = not near
+        self.patience_s = NEAR_PATIENCE_S if near else 0.0
         self._full_bandwidth = 0.0
         self._full_rounds = 0
         self._round = -1
@@ -145,7 +163,7 @@ class GuardPacer(SessionPacer):
         flow.observe(lanes, now, limited=idle)
         settled = self._settled()
         streams = self.tuner.look(flow, live, now, settled=settled, idle=idle)
-        if settled and self.guard.look(flow, now):
+        if settled and not self._near and self.guard.look(flow, now):
             total = DRAIN_GAIN * flow.bandwidth
             return Pace(self.caps(lanes, total), total, streams)
         return Pace(dict.fromkeys(lanes), None, streams)

@@ -174,18 +174,22 @@ class RateTuner(StreamTuner):
     """For lanes whose own congestion control finds the bandwidth (the kernel's BBR): how many is measured.
 
     Where packets wait the path is full, and fewer lanes may do; where none do, more may carry more (a lane that waits
-    for what it lost leaves the path to the others, and a window may be too small for the path). Either is tried: what
-    it brought is measured once the lanes have settled, and undone if it was not worth it; the next try comes after a
-    pause that grows with each in vain. Lanes leave one by one, so that the others can take over what they carried. A
-    rate that has changed by `_CHANGED` begins anew.
+    for what it lost leaves the path to the others, and a window may be too small for the path), or they always did.
+    What a try brought is measured once the lanes have settled, and undone if it was not worth it; the next one comes
+    after a pause that grows with each in vain, and goes the other way. Lanes leave one by one, so that the others can
+    take over what they carried. A rate that has changed by `_CHANGED` begins anew.
+
+    ``upwards``: which way to try first where nothing says.
     """
 
-    def __init__(self, range: Range) -> None:
+    def __init__(self, range: Range, *, upwards: bool = True) -> None:
         super().__init__(range)
+        self._upwards = upwards
         self._target = range.start
         self._next_leave = 0.0
         self._coming_until = float("inf")
-        self._since: float | None = None  # when the measurement began, or will begin
+        self._not_before: float | None = None  # when the lanes have settled
+        self._since: float | None = None  # when the measurement began
         self._delivered = 0
         self._looks = self._limited_looks = 0
         self._waited = 0.0
@@ -208,14 +212,16 @@ class RateTuner(StreamTuner):
         if self._target < self.wanted and now >= self._next_leave:
             self._next_leave = now + max(_LEAST_LEAVE_S, _LEAVE_ROUNDS * flow.min_rtt_s)
             self.choose(self.wanted - 1, self.reason)
-        if self._since is None or live != self._target:
-            if self._since is not None and now >= self._coming_until and live < self._target:
+        if self._not_before is None or live != self._target:
+            if self._not_before is not None and now >= self._coming_until and live < self._target:
                 self._aim(live, f"no more than {live} came", now)
-            self._measure_from(flow, now + max(_LEAST_SETTLE_S, _SETTLE_ROUNDS * flow.min_rtt_s))
+            self._measure_from(now + max(_LEAST_SETTLE_S, _SETTLE_ROUNDS * flow.min_rtt_s))
             return self.wanted
         self._coming_until = float("inf")
-        if now < self._since:
-            self._delivered = flow.delivered
+        if now < self._not_before:
+            return self.wanted
+        if self._since is None:
+            self._since, self._delivered = now, flow.delivered
             return self.wanted
         self._looks += 1
         self._limited_looks += idle or not flow.unsent
@@ -224,14 +230,13 @@ class RateTuner(StreamTuner):
         if elapsed >= max(_LEAST_MEASURE_S, _MEASURE_ROUNDS * flow.min_rtt_s):
             measured = _Measured((flow.delivered - self._delivered) / elapsed, self._waited / self._looks)
             limited = self._limited_looks > _MOST_LIMITED * self._looks
-            self._measure_from(flow, now)
+            self._measure_from(now)
             if not limited:
                 self._judge(flow, measured, now)
         return self.wanted
 
-    def _measure_from(self, flow: SessionFlow, since: float) -> None:
-        self._since = since
-        self._delivered = flow.delivered
+    def _measure_from(self, when: float) -> None:
+        self._not_before, self._since = when, None
         self._looks = self._limited_looks = 0
         self._waited = 0.0
 
@@ -246,14 +251,14 @@ class RateTuner(StreamTuner):
             return
         if now < self._hold_until:
             return
-        full = measured.queue >= FULL
-        if not full and self.wanted < self.range.most:
+        upwards = self._upwards and measured.queue < FULL
+        if upwards and self.wanted < self.range.most:
             lanes = max(_STEP_UP * self.wanted, min(round(flow.bdp / PER_LANE), 2 * _STEP_UP * self.wanted))
-            self._try(lanes, measured, "to try whether more carry more, for the path has room", now)
-        elif full and self.wanted > self.range.least:
-            self._try(int(self.wanted * _STEP_DOWN), measured, "to try whether fewer do, for the path is full", now)
+            self._try(lanes, measured, "to try whether more carry more", now)
+        elif not upwards and self.wanted > self.range.least:
+            self._try(int(self.wanted * _STEP_DOWN), measured, "to try whether fewer do", now)
         else:
-            self._hold_until = now + self._hold_s
+            self._hold(now)
 
     def _try(self, lanes: int, before: _Measured, reason: str, now: float) -> None:
         self._tried_from = self.wanted, before
@@ -274,9 +279,14 @@ class RateTuner(StreamTuner):
             self._hold_s = _HOLD_S
             self.reason = change
             return
+        self._hold(now)
+        self._aim(lanes, change, now)
+
+    def _hold(self, now: float) -> None:
+        """Nothing more to try this way for now."""
+        self._upwards = not self._upwards
         self._hold_until = now + self._hold_s
         self._hold_s = min(2 * self._hold_s, _LONGEST_HOLD_S)
-        self._aim(lanes, change, now)
 
 
 def _mbit(rate: float) -> str:

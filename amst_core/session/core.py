@@ -726,9 +726,10 @@ class SessionCore:
                 _log.warning("%s: %s; it is polite with one stream", self.peer, worker.congestion.reason)
                 self._streams_range = Range(1, 1, 1)
                 self.background.later(lambda: self.want_streams(1))
-            if flow is None or flow.min_rtt_s < FAR_S:
+            near = flow is not None and flow.min_rtt_s < FAR_S
+            if flow is None or (near and self._streams_range.fixed):
                 return
-            pacer = GuardPacer(self._streams_range)
+            pacer = GuardPacer(self._streams_range, near=near)
         self._pacing = SessionPacing(self, pacer)
         self._pacing.start()
 

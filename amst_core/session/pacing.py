@@ -72,6 +72,7 @@ class SessionPacing:
 
     def _run(self) -> None:
         core, pacer = self._core, self._pacer
+        patient_until = time.monotonic() + pacer.patience_s
         while not self._ended:
             with core.lock:
                 workers = list(core.lanes.values())  # those that leave as well: they send what they have taken on
@@ -82,6 +83,10 @@ class SessionPacing:
                 self._apply(dict.fromkeys(self._caps), workers)  # what answers the peer is not held back
                 self._awake.wait(_REST_S)
                 self._awake.clear()
+                patient_until = time.monotonic() + pacer.patience_s
+                continue
+            if time.monotonic() < patient_until:
+                time.sleep(pacer.tick_s)
                 continue
             samples = {worker.id: sample for worker in workers if (sample := worker.lane.flow_sample()) is not None}
             now = time.monotonic()
@@ -89,7 +94,8 @@ class SessionPacing:
             if now >= self._told_at and _log.isEnabledFor(logging.DEBUG):
                 self._told_at = now + _TOLD_S
                 _log.debug("%s", self._told(pace, live))
-            self._bound_unsent(samples, workers)
+            if pacer.bounds:
+                self._bound_unsent(samples, workers)
             self._apply(pace.caps, workers)
             self._tell_streams(pace)
             time.sleep(pacer.tick_s)
