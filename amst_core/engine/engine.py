@@ -310,8 +310,16 @@ class Engine:
         self._resume(out, ((0, out.size),) if same and out.size is not None else ())
 
     def limit_rate(self, rate: float | None, *, now: float) -> None:
-        """Send at most ``rate`` bytes/s from now on, over all lanes; None: as fast as they go."""
-        self._bucket = None if rate is None else TokenBucket(rate, now=now)
+        """Send at most ``rate`` bytes/s from now on, over all lanes; None: as fast as they go.
+
+        One limit after another is no way around either: what went under the first is paid for before more goes.
+        """
+        if rate is None:
+            self._bucket = None
+        elif self._bucket is None:
+            self._bucket = TokenBucket(rate, now=now)
+        else:
+            self._bucket.change(rate, now=now)
 
     def paced_until(self, now: float) -> float | None:
         """When the rate limit lets the next chunk go, if it holds one back now."""

@@ -19,7 +19,8 @@ _BETA: Final = 1 / 4
 class TokenBucket:
     """Bytes that may go, at ``rate`` bytes/s. A chunk may go while there are tokens, and may leave a debt.
 
-    So the rate holds over any time much longer than a chunk takes, whatever the size of the chunks.
+    So the rate holds over any time much longer than a chunk takes, whatever the size of the chunks. Each byte costs the
+    time that the rate of the moment gives it: a change of the rate begins nothing anew.
     """
 
     def __init__(self, rate: float, *, now: float) -> None:
@@ -32,15 +33,27 @@ class TokenBucket:
         """Longest chunk that keeps the traffic smooth, in bytes."""
         return max(MIN_CHUNK, int(self.rate * BURST_S))
 
+    def change(self, rate: float, *, now: float) -> None:
+        """``rate`` bytes/s from now on. What is owed takes as long to pay as it would have, and no burst comes with it.
+
+        The debt is kept as a time: as bytes, one chunk of a fast path would hold up a slow rate for minutes.
+        """
+        self._settle(now)
+        self._tokens *= rate / self.rate
+        self.rate = rate
+
     def ready_at(self, now: float) -> float:
         """When the next chunk may go; ``now`` or before when it may at once."""
-        self._tokens = min(self.rate * BURST_S, self._tokens + (now - self._at) * self.rate)
-        self._at = now
+        self._settle(now)
         return now if self._tokens >= 0 else now - self._tokens / self.rate
 
     def take(self, size: int) -> None:
         """``size`` bytes go."""
         self._tokens -= size
+
+    def _settle(self, now: float) -> None:
+        self._tokens = min(self.rate * BURST_S, self._tokens + (now - self._at) * self.rate)
+        self._at = now
 
 
 class AckTimer:

@@ -736,6 +736,18 @@ def test_a_rate_limit_holds_chunks_back_and_cuts_them() -> None:
     assert send(engine, 2).length == 40
 
 
+def test_another_rate_limit_does_not_forget_what_went_under_the_one_before() -> None:
+    engine = make()
+    engine.limit_rate(100.0, now=0.0)
+    engine.open(m.MESSAGE, size=100, flow="f")
+    engine.chunk_size = 60
+    send(engine, 1)
+    engine.limit_rate(1e6, now=0.1)
+    assert engine.paced_until(0.1) == pytest.approx(0.6)
+    assert engine.next_chunk(2, 0.1) is None
+    assert engine.paced_until(0.6) is None
+
+
 def test_nothing_is_held_back_when_there_is_nothing() -> None:
     engine = make()
     engine.limit_rate(1000.0, now=0.0)

@@ -66,6 +66,66 @@ def test_a_rest_saves_up_one_burst_and_no_more() -> None:
     assert bucket.ready_at(3600.0) == pytest.approx(3600.001)
 
 
+# ---- another rate ---------------------------------------------------------------------------------
+
+RATES = (1e3, 1e5, 1e6, 1e9)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 0.5), st.floats(0, 2), st.sampled_from(RATES) | st.none()),
+        min_size=1,
+        max_size=200,
+    )
+)
+def test_no_stretch_of_time_carries_more_however_often_the_rate_changes(
+    steps: list[tuple[float, float, float | None]],
+) -> None:
+    """A chunk takes its size over the rate in force: all but the last of a stretch fit into it and a burst."""
+    bucket, now = TokenBucket(RATE, now=0.0), 0.0
+    went: list[tuple[float, float]] = []
+    for pause, longer, rate in steps:
+        now += pause
+        if rate is not None:
+            bucket.change(rate, now=now)
+        if bucket.ready_at(now) <= now:
+            bucket.take(int(bucket.chunk * (1 + longer)))
+            went.append((now, int(bucket.chunk * (1 + longer)) / bucket.rate))
+    for first in range(len(went)):
+        cost = 0.0
+        for at, takes in went[first:]:
+            assert cost <= at - went[first][0] + BURST_S + 1e-6
+            cost += takes
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_a_change_keeps_the_time_that_a_debt_takes(rate: float) -> None:
+    bucket = TokenBucket(RATE, now=0.0)
+    bucket.take(500_000)
+    bucket.change(rate, now=0.2)
+    assert bucket.ready_at(0.2) == pytest.approx(0.5)
+    assert bucket.ready_at(0.5) == pytest.approx(0.5)
+    bucket.take(int(rate))
+    assert bucket.ready_at(0.5) == pytest.approx(1.5), "the new rate holds from then on"
+
+
+def test_a_change_gives_no_burst() -> None:
+    bucket = TokenBucket(RATE, now=0.0)
+    bucket.ready_at(10.0)
+    bucket.take(int(RATE * BURST_S))
+    for number in range(100):
+        bucket.change(RATE * (2 + number), now=10.0)
+    bucket.take(1)
+    assert bucket.ready_at(10.0) > 10.0, "the burst was used up before"
+
+
+def test_a_rest_before_a_change_counts_at_the_rate_that_was_in_force() -> None:
+    bucket = TokenBucket(1000.0, now=0.0)
+    bucket.take(1000)
+    bucket.change(1e9, now=0.5)
+    assert bucket.ready_at(0.5) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("rate", "chunk"), [(1e3, MIN_CHUNK), (MIN_CHUNK / BURST_S, MIN_CHUNK), (1e8, 5_000_000)])
 def test_chunks_are_cut_to_a_burst(rate: float, chunk: int) -> None:
     assert TokenBucket(rate, now=0.0).chunk == pytest.approx(chunk, abs=1)
