@@ -1,14 +1,15 @@
-"""Decoding ``struct tcp_info``, whole and short."""
+"""Decoding ``struct tcp_info``, whole and short, for statistics and for whoever paces."""
 
 from __future__ import annotations
 
+import socket
 import struct
 from collections.abc import Callable
 
 import pytest
 
-from amst_core.interfaces import PathStats
-from amst_tcp.tcpinfo import decode_tcp_info
+from amst_core.interfaces import FlowSample, PathStats
+from amst_tcp.tcpinfo import decode_flow, decode_tcp_info, read_flow, read_path_stats
 
 LENGTH = 256
 VALUES = [
@@ -95,3 +96,80 @@ def test_what_the_kernel_has_not_measured_is_unknown_and_not_a_number(
     change: tuple[int, str, int], unknown: Callable[[PathStats], object]
 ) -> None:
     assert unknown(decode_tcp_info(info(change), congestion=None)) in (None, (None, None))
+
+
+# ---- the sending half -----------------------------------------------------------------------------
+
+MSS = 1448
+DELIVERED_AT = 192
+FLOW = (
+    (28, "=I", 4),  # sacked
+    (32, "=I", 2),  # lost
+    (36, "=I", 1),  # retrans
+    (24, "=I", 20),  # unacked
+    (144, "=I", 70_001),  # notsent_bytes
+    (192, "=I", 1200),  # delivered
+)
+
+
+def test_every_field_of_a_flow_is_read_from_its_place_and_unit() -> None:
+    assert decode_flow(info(*FLOW)) == FlowSample(
+        delivered=1200 * MSS,
+        sent=1234 * MSS,
+        lost=3 * MSS,
+        in_flight=(20 - 4 - 2 + 1) * MSS,  # RFC 6675's pipe
+        window=10 * MSS,
+        unsent=70_001,
+        rtt_s=0.0205,
+        min_rtt_s=0.02,
+        mss=MSS,
+    )
+
+
+def test_no_other_field_matters_to_a_flow() -> None:
+    used = {16, 24, 28, 32, 36, 68, 80, 100, 144, 148, 156, 192}
+    others = tuple((offset, "=I", 0x5A5A5A5A) for offset in range(0, LENGTH, 4) if offset not in used)
+    assert decode_flow(info(*others, *FLOW)) == decode_flow(info(*FLOW))
+
+
+def test_what_is_counted_out_twice_leaves_nothing_in_flight_and_not_less() -> None:
+    found = decode_flow(info(*FLOW, (28, "=I", 19), (36, "=I", 0)))
+    assert found is not None
+    assert found.in_flight == 0
+
+
+@pytest.mark.parametrize("unknown", [0, 2**32 - 1])
+def test_the_shortest_round_trip_is_the_one_of_now_until_it_is_known(unknown: int) -> None:
+    found = decode_flow(info(*FLOW, (148, "=I", unknown)))
+    assert found is not None
+    assert found.min_rtt_s == found.rtt_s == 0.0205
+
+
+@pytest.mark.parametrize("offset", [16, 68], ids=["mss", "rtt"])
+def test_without_a_segment_or_a_round_trip_no_flow_is_known(offset: int) -> None:
+    assert decode_flow(info(*FLOW, (offset, "=I", 0))) is None
+
+
+@pytest.mark.parametrize(
+    ("length", "known"), [(0, False), (DELIVERED_AT, False), (DELIVERED_AT + 3, False), (DELIVERED_AT + 4, True)]
+)
+def test_before_linux_4_18_no_flow_is_known(length: int, known: bool) -> None:
+    assert (decode_flow(info(*FLOW)[:length]) is not None) == known
+
+
+def test_the_kernels_answer_is_read_for_a_flow_as_for_statistics(
+    socket_pairs: Callable[..., tuple[socket.socket, socket.socket]],
+    family: socket.AddressFamily,
+    wait_until: Callable[[Callable[[], bool], str], None],
+) -> None:
+    near, far = socket_pairs(family)
+    near.sendall(bytes(100_000))
+    assert len(far.recv(100_000, socket.MSG_WAITALL)) == 100_000
+    wait_until(lambda: not read_path_stats(near).bytes_waiting, "all of it to be acknowledged")
+    flow, stats = read_flow(near), read_path_stats(near)
+    assert flow is not None
+    assert (flow.mss, flow.window) == (stats.mss, stats.cwnd)
+    assert flow.sent == stats.segments_sent * flow.mss >= 100_000
+    near.close()
+    with pytest.raises(OSError):
+        read_flow(near)
