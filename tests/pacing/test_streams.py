@@ -284,6 +284,15 @@ def test_it_does_not_oscillate(queue: Callable[[int], float]) -> None:
     assert len([now for now in tries(path, settled) if now > path.changes[begin][0]]) <= 4
 
 
+@pytest.mark.parametrize("upwards", [True, False])
+def test_after_a_try_in_vain_the_other_way_is_tried(upwards: bool) -> None:
+    path = Path(RateTuner(Range(8, 1, 64), upwards=upwards), carries=up_to(8), bandwidth=1)
+    path.run(120)
+    tried = [wanted > 8 for now, wanted in path.changes if now in tries(path, 8)]
+    assert len(tried) >= 3
+    assert tried == [upwards ^ (at % 2 == 1) for at in range(len(tried))]
+
+
 def test_a_rate_that_has_changed_ends_the_pause() -> None:
     path = in_vain()
     path.run(90)  # the pause is of 80 s by now
