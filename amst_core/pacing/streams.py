@@ -196,6 +196,7 @@ class RateTuner(StreamTuner):
         self._tried_from: tuple[int, _Measured] | None = None  # lanes and what they carried before the try under way
         self._rate = 0.0
         self._hold_until = 0.0
+        self._pause_s = 0.0  # that begins once the lanes are back
         self._hold_s = _HOLD_S
 
     @property
@@ -215,6 +216,7 @@ class RateTuner(StreamTuner):
         if self._not_before is None or live != self._target:
             if self._not_before is not None and now >= self._coming_until and live < self._target:
                 self._aim(live, f"no more than {live} came", now)
+            self._hold_until = now + self._pause_s
             self._measure_from(now + max(_LEAST_SETTLE_S, _SETTLE_ROUNDS * flow.min_rtt_s))
             return self.wanted
         self._coming_until = float("inf")
@@ -262,6 +264,7 @@ class RateTuner(StreamTuner):
 
     def _try(self, lanes: int, before: _Measured, reason: str, now: float) -> None:
         self._tried_from = self.wanted, before
+        self._pause_s = 0.0
         self._aim(lanes, reason, now)
 
     def _aim(self, lanes: int, reason: str, now: float) -> None:
@@ -285,7 +288,8 @@ class RateTuner(StreamTuner):
     def _hold(self, now: float) -> None:
         """Nothing more to try this way for now."""
         self._upwards = not self._upwards
-        self._hold_until = now + self._hold_s
+        self._pause_s = self._hold_s
+        self._hold_until = now + self._pause_s
         self._hold_s = min(2 * self._hold_s, _LONGEST_HOLD_S)
 
 
