@@ -17,6 +17,9 @@ RATE_FORMS: Final = "bytes per second with a unit as for sizes (10MiB/s, 100M), 
 DURATION_FORMS: Final = "a number of seconds, or a number with ms, s, m, min, h or d"
 SHARE_FORMS: Final = "a percentage (1%, 0.5%), or a part of one (0.01)"
 
+MIN_RATE: Final = 16 << 10
+"""Least bytes/s that anything may be held to."""
+
 _LIMIT: Final = 2**63 - 1
 _LONGEST_TEXT: Final = 64
 """No number up to the limit needs more; an endless digit string must not cost time or fill a message."""

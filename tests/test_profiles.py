@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from amst_core.api.profiles import first_mode, profile
+from amst_core.api.profiles import agreed_streams, first_mode, profile
+from amst_core.control.handshake import Wish
 from amst_core.interfaces import Mode
+from amst_core.pacing import Range
 from amst_core.settings.load import load_settings
 
 KIB = 1 << 10
@@ -42,3 +44,45 @@ def test_settings_are_kept_to() -> None:
 def test_the_default_moves_into_the_bounds(bound: str, streams: int) -> None:
     found = load_settings(environ={}, overrides={f"transport.amst.{bound}": streams})
     assert profile(Mode.INTERNET, found).streams.start == streams
+
+
+def test_nothing_is_tuned_where_the_settings_say_so() -> None:
+    settings = load_settings(environ={}, overrides={"transport.amst.auto_tune": False})
+    assert profile(Mode.INTERNET, settings).streams == Range(8, 8, 8)
+    assert agreed_streams(Wish(False, 8, ("tcp",), least_streams=4, most_streams=16), settings) == Range(8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({}, Range(8, 4, 16)),
+        ({"max_streams": 64}, Range(8, 4, 64)),
+        ({"max_streams": 3}, Range(3, 3, 3)),
+        ({"max_streams": 500}, Range(8, 4, 256)),
+        ({"streams": 20}, Range(20, 20, 20)),
+    ],
+    ids=str,
+)
+def test_how_many_streams_there_may_be_on_the_internet(asked: dict[str, int], found: Range) -> None:
+    assert profile(Mode.INTERNET, load_settings(environ={}), **asked).streams == found
+
+
+def test_a_datacenter_has_from_one_to_all() -> None:
+    assert profile(Mode.DATACENTER, load_settings(environ={})).streams == Range(16, 1, 256)
+    few = load_settings(environ={}, overrides={"transport.amst.min_streams": 4, "transport.amst.max_streams": 8})
+    assert profile(Mode.DATACENTER, few).streams == Range(8, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("wish", "found"),
+    [
+        (Wish(False, 8, ("tcp",), least_streams=4, most_streams=16), Range(8, 4, 10)),
+        (Wish(False, 2, ("tcp",)), Range(2, 2, 2)),
+        (Wish(False, 64, ("tcp",), least_streams=64, most_streams=64), Range(10, 10, 10)),
+        (Wish(False, 0, ("tcp",), least_streams=0, most_streams=0), Range(1, 1, 1)),
+    ],
+    ids=["a range", "a number", "more than there may be", "none"],
+)
+def test_a_server_has_what_the_client_wishes_within_its_own_bounds(wish: Wish, found: Range) -> None:
+    settings = load_settings(environ={}, overrides={"transport.amst.max_streams": 10})
+    assert agreed_streams(wish, settings) == found

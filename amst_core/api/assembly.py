@@ -44,7 +44,7 @@ def make_core(
     streams: Range,
 ) -> SessionCore:
     """The core of a session, which closes ``memory`` when it ends."""
-    return SessionCore(
+    core = SessionCore(
         peer=peer,
         is_opener=is_opener,
         local=Limits(memory.max_chunk, memory.max_open, memory.initial_credit),
@@ -59,7 +59,10 @@ def make_core(
         fsync=Fsync(settings.files.fsync),
         congestion=congestion,
         streams=streams,
+        paced=settings.transport.amst.pacing_enabled,
     )
+    core.limit_rate(settings.transport.amst.pacing_rate or None)
+    return core
 
 
 def peer_limits(terms: Terms) -> Limits:

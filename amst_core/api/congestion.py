@@ -62,14 +62,15 @@ class Controllers:
         """The choice for the lanes of a session that asks for ``asked``, run by ``backend`` unless the settings say."""
         congestion = self._settings.congestion
         own = Backend(congestion.backend)
+        paced = self._settings.transport.amst.pacing_enabled
         return CongestionPolicy(
             asked,
             self._system_names,
             self._broken,
-            backend=backend if own is Backend.AUTO else own,
+            backend=(backend if own is Backend.AUTO else own) if paced else Backend.KERNEL,
             base=congestion.base,
             make=self._make,
-            polite=polite,
+            polite=polite and paced,
         )
 
     def _make(self, name: str) -> CongestionController:

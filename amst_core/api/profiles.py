@@ -47,6 +47,8 @@ def agreed_streams(wish: Wish, settings: Settings) -> Range:
     asked = max(1, wish.streams)
     start = min(asked, most)
     least = asked if wish.least_streams is None else wish.least_streams
+    if not settings.transport.amst.auto_tune:
+        return Range(start, start, start)
     return Range(start, max(1, min(least, start)), max(start, min(wish.most_streams or asked, most)))
 
 
@@ -65,7 +67,8 @@ def profile(mode: Mode, settings: Settings, *, streams: int | None = None, max_s
         usual = max(start, _INTERNET_MOST if internet else amst.max_streams)
         most = min(amst.max_streams, usual if max_streams is None else max_streams)
         least = max(amst.min_streams, min(start, _INTERNET_LEAST if internet else 1))
-        range = Range(min(start, most), min(least, most), most)
+        start = min(start, most)
+        range = Range(start, min(least, most), most) if amst.auto_tune else Range(start, start, start)
     if internet:
         # many small chunks: on a slow stream a long one holds up what comes after it
         chunk_size = min(amst.chunk_size, _INTERNET_CHUNK)

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NoReturn, TypeVar
 
 from ..errors import UsageError
-from ..units import parse_duration, parse_rate, parse_share, parse_size
+from ..units import MIN_RATE, parse_duration, parse_rate, parse_share, parse_size
 
 _T = TypeVar("_T")
 
 MAX_STREAMS: Final = 512
-MIN_RATE: Final = 16 << 10
 DEFAULT_LISTEN: Final = "[::]:9000"
 DEFAULT_BENCH_S: Final = 10.0
 

@@ -70,9 +70,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("amst.session")
 
-MIN_RATE: Final = 16 << 10
-"""Least rate limit, in bytes per second."""
-
 FILE_WINDOW: Final = 256 << 20
 """How far a sender may run ahead of what is on disk; nothing is buffered, so it only bounds what is in flight."""
 
@@ -140,6 +137,7 @@ class SessionCore:
         fsync: Fsync,
         congestion: CongestionPolicy,
         streams: Range,
+        paced: bool,
     ) -> None:
         self.peer = peer
         self.is_opener = is_opener
@@ -214,6 +212,7 @@ class SessionCore:
         self.on_streams_wanted: Callable[[int], None] | None = None
         self._pacing: SessionPacing | None = None
         self._streams_range = streams
+        self._may_pace = paced
         self._chunk_bound: int | None = None
         self._ended = threading.Event()
         self._end_callbacks: list[Callable[[], None]] = []
@@ -714,11 +713,15 @@ class SessionCore:
 
     def _pace_locked(self, worker: LaneWorker) -> None:
         """Have the session paced, from the first lane on that needs it."""
-        if self._pacing is not None:
+        if self._pacing is not None or not self._may_pace:
             return
         name = worker.congestion.controller
         if name is not None:
-            controller = self.congestion.make_controller(name)
+            try:
+                controller = self.congestion.make_controller(name)
+            except AmstError as err:
+                _log.warning("%s: the session is not paced: %s", self.peer, err)
+                return
             pacer: SessionPacer = ControllerPacer(controller, self._streams_range, polite=self.congestion.polite)
         else:
             flow = worker.lane.flow_sample()

@@ -71,6 +71,15 @@ class SessionPacing:
         self._awake.set()
 
     def _run(self) -> None:
+        try:
+            self._pace()
+        except Exception:  # of a controller, which may be anybody's: the lanes go on by themselves
+            _log.exception("%s: the session is paced no more", self._core.peer)
+            with self._core.lock:
+                workers = list(self._core.lanes.values())
+            self._apply(dict.fromkeys(self._caps), workers)
+
+    def _pace(self) -> None:
         core, pacer = self._core, self._pacer
         patient_until = time.monotonic() + pacer.patience_s
         while not self._ended:

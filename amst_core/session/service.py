@@ -20,10 +20,11 @@ from ..errors import (
 from ..files.entries import MAX_PATH, EntryType, WalkError, from_attributes, split_path, to_attributes
 from ..files.listing import Listing
 from ..files.root import Root
+from ..units import MIN_RATE
 from ..wire import requests as ops
 from ..wire.fields import AttributeValue
 from ..wire.messages import FILE, HOLD, HOLES, PACK, SIZE_UNKNOWN, Open, Reply, Request
-from .core import MIN_RATE, SessionCore
+from .core import SessionCore
 from .endpoints import Sink, TreeEntrySink
 from .listing import describe
 from .packs import PackRoom, PackSink

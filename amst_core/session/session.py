@@ -27,12 +27,13 @@ from ..files.partial import PartialPolicy
 from ..files.root import Root
 from ..interfaces import SessionMetrics, StreamHealth
 from ..process import Foreign, own
+from ..units import MIN_RATE
 from ..wire import requests as ops
 from ..wire.frames import FrameHeader, FrameKind
 from ..wire.messages import MESSAGE, Close, LaneGrant, LaneLost, LaneRequest, Message, Reply, Request
 from .control_loop import Connection, ControlLoop
 from .copying import ProgressCallback, Stop, download, raise_first, upload
-from .core import MIN_RATE, SessionCore
+from .core import SessionCore
 from .endpoints import MemorySource
 from .health import LaneMonitor
 from .listing import listed
@@ -413,16 +414,19 @@ class Session:
 
     def _streams_wanted(self, count: int) -> None:
         """The path calls for so many streams: ask for those that are missing, let the newest go that are too many."""
+        if not self._adjusting.acquire(blocking=False):
+            return  # somebody says right now how many there are to be
         try:
-            with self._adjusting:
-                self._wish(count)
-                with self.core.lock:
-                    if self.core.engine.receiving:
-                        return  # the peer may need them for what it sends
-                    for worker in self.core.live_lanes_locked()[count:]:
-                        worker.leave_locked()
+            self._wish(count)
+            with self.core.lock:
+                if self.core.engine.receiving:
+                    return  # the peer may need them for what it sends
+                for worker in self.core.live_lanes_locked()[count:]:
+                    worker.leave_locked()
         except AmstError as err:
             _log.debug("%d streams to %s are not asked for: %s", count, self.peer, err)
+        finally:
+            self._adjusting.release()
 
     def health_check(self, timeout: float = HEALTH_TIMEOUT_S) -> HealthReport:
         """Ask the peer for a sign of life on every stream and wait for the answers.

@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 
 from ..congestion import AUTO, NAME, Backend
 from ..errors import UsageError
-from ..units import format_duration, format_size, parse_duration, parse_size
+from ..units import MIN_RATE, format_duration, format_rate, format_size, parse_duration, parse_rate, parse_size
 
 Value: TypeAlias = int | float | bool | str
 
@@ -46,6 +46,7 @@ class Kind(enum.StrEnum):
     KIB = "integer (KiB)"
     SIZE = "size"
     DURATION = "duration"
+    RATE = "rate"
     FLAG = "true or false"
     WORD = "word"
     NAME = "name"
@@ -85,6 +86,8 @@ class Key:
         if self.kind in (Kind.WORD, Kind.NAME):
             return self.bounds
         unit = " KiB" if self.kind is Kind.KIB else ""
+        if self.kind is Kind.RATE:
+            return f"0, or a rate from {format_rate(MIN_RATE)} to {self.show(self.high)}, such as {self.example}"
         what = {Kind.SIZE: "a size", Kind.DURATION: "a duration"}.get(self.kind, "an integer")
         return f"{what} from {self.bounds}{unit}, such as {self.example}"
 
@@ -123,6 +126,8 @@ class Key:
             return format_size(int(value))
         if self.kind is Kind.DURATION:
             return format_duration(value)
+        if self.kind is Kind.RATE:
+            return format_rate(value)
         return str(int(value) // _KIB if self.kind is Kind.KIB else value)
 
     def _read(self, value: object) -> Value | None:
@@ -140,6 +145,9 @@ class Key:
             return None
         if self.kind is Kind.DURATION:
             return parse_duration(value)
+        if self.kind is Kind.RATE:
+            rate = parse_rate(value)
+            return rate if not rate or rate >= MIN_RATE else None
         if isinstance(value, float):
             return None
         if self.kind is Kind.SIZE:
@@ -171,6 +179,14 @@ KEYS: Final = (
         help="Most streams (lanes) a session may have."),
     Key("transport.amst.min_streams", Kind.COUNT, 1, low=1, high=512, example="4",
         help="Fewest streams a session keeps; at most `transport.amst.max_streams`."),
+    Key("transport.amst.auto_tune", Kind.FLAG, True, example="false",
+        help="The number of streams follows the path, from that which the mode starts with and within what it allows."),
+    Key("transport.amst.pacing_enabled", Kind.FLAG, True, example="false",
+        help="Sessions are paced as a whole: by a congestion control in user space where the kernel has none that is"
+             " asked for, and where their streams make a queue. When false each stream has what its kernel does."),
+    Key("transport.amst.pacing_rate", Kind.RATE, 0.0, high=125e9, example="100Mbit/s",
+        help="Most payload per second that a session sends over all its streams; 0 for no limit. `--bwlimit` takes its"
+             " place."),
     Key("transport.amst.connect_timeout", Kind.DURATION, 30.0, low=1.0, high=5 * _MINUTE_S, example="10s",
         help="How long opening a session or a stream may take."),
     Key("transport.amst.read_timeout", Kind.DURATION, 60.0, low=1.0, high=_HOUR_S, example="60s",

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class AmstSettings:
-    """``transport.amst.*``: streams, chunks (bytes) and time limits (seconds) of every session."""
+    """``transport.amst.*``: streams, chunks (bytes), pace (bytes/s) and time limits (seconds) of every session."""
 
     chunk_size: int
     max_streams: int
     min_streams: int
+    auto_tune: bool
+    pacing_enabled: bool
+    pacing_rate: float
     connect_timeout: float
     read_timeout: float
     write_timeout: float

@@ -185,6 +185,24 @@ def test_what_a_server_is_set_to_counts_more_than_the_wish(net: Any) -> None:
     assert in_force(far) == {("kernel", None)}
 
 
+def test_a_controller_that_fails_takes_nothing_down(
+    net: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(controller: Controller, sample: Any) -> None:
+        raise RuntimeError("a mistake of mine")
+
+    plugins = offering(steady=None)
+    server = net.server(plugins=plugins)
+    near = net.connect(server, plugins=plugins, congestion="steady", **USERSPACE)
+    far = server.accept(5)
+    with traffic(near, far):
+        net.wait_until(lambda: sum(caps(near)) < 4 * RATE, "the streams to be paced")
+        monkeypatch.setattr(Controller, "on_ack", fail)
+        net.wait_until(lambda: all(cap > 1 << 40 for cap in caps(near)), "them to be paced no more")
+    assert "the session is paced no more" in caplog.text
+    assert near.error is None
+
+
 # ---- polite ------------------------------------------------------------------------------------
 
 
@@ -261,3 +279,26 @@ def test_who_says_how_many_streams_there_are_to_be_is_heard(net: Any) -> None:
     assert near.adjust_streams(3) == 3
     assert near.core._streams_range == Range(3, 3, 3)
     assert near.metrics().streams_reason == "as many as were asked for"
+
+
+# ---- settings ----------------------------------------------------------------------------------
+
+
+def test_nothing_is_paced_where_the_settings_say_so(net: Any) -> None:
+    plugins = offering(steady=None)
+    server = net.server(plugins=plugins)
+    near = net.connect(
+        server, plugins=plugins, congestion="steady", transport__amst__pacing_enabled=False, **USERSPACE
+    )
+    assert {backend for backend, _ in in_force(near)} <= {"kernel"}
+    assert near.core._pacing is None
+
+
+def test_a_rate_that_is_set_holds_for_what_either_side_sends(net: Any) -> None:
+    pair = net.pair(streams=3, server={"transport__amst__pacing_rate": "32Mbit/s"}, client={})
+    assert pair.far.core.engine._bucket.rate == 4_000_000
+    assert pair.near.core.engine._bucket is None
+    near = net.connect(pair.server, transport__amst__pacing_rate="1MB/s")
+    assert near.core.engine._bucket.rate == 1_000_000
+    near.limit_rate(None)
+    assert near.core.engine._bucket is None

@@ -37,7 +37,7 @@ def fields_of(cls: type, path: str = "") -> dict[str, type]:
 def test_every_key_has_its_field_of_its_type_and_every_field_its_key() -> None:
     types = {
         Kind.COUNT: int, Kind.KIB: int, Kind.SIZE: int, Kind.DURATION: float, Kind.FLAG: bool, Kind.WORD: str,
-        Kind.NAME: str,
+        Kind.NAME: str, Kind.RATE: float,
     }  # fmt: skip
     assert {f"{key.section}.{key.field}": types[key.kind] for key in KEYS} == fields_of(Settings)
 
