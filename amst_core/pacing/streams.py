@@ -147,6 +147,9 @@ KEPT: Final = 0.97
 FULL: Final = 1.08
 """With a mean round trip of so many times the shortest one packets wait: more lanes would make them wait longer."""
 
+LOSSY: Final = 0.005
+"""Where so much is lost, fewer lanes are tried only after a first pause: there each makes up for others that wait."""
+
 _STEP_UP: Final = 2
 _STEP_DOWN: Final = 0.75
 _SETTLE_ROUNDS: Final = 10
@@ -164,10 +167,11 @@ _MOST_LIMITED: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What so many lanes carried: bytes/s, and the mean round trip in shortest ones."""
+    """What so many lanes carried: bytes/s, the mean round trip in shortest ones, and the part that was lost."""
 
     rate: float
     queue: float
+    loss: float
 
 
 class RateTuner(StreamTuner):
@@ -190,7 +194,7 @@ class RateTuner(StreamTuner):
         self._coming_until = float("inf")
         self._not_before: float | None = None  # when the lanes have settled
         self._since: float | None = None  # when the measurement began
-        self._delivered = 0
+        self._delivered = self._sent = self._lost = 0
         self._looks = self._limited_looks = 0
         self._waited = 0.0
         self._tried_from: tuple[int, _Measured] | None = None  # lanes and what they carried before the try under way
@@ -198,6 +202,7 @@ class RateTuner(StreamTuner):
         self._hold_until = 0.0
         self._pause_s = 0.0  # that begins once the lanes are back
         self._hold_s = _HOLD_S
+        self._has_waited = False
 
     @property
     def goal(self) -> int:
@@ -223,14 +228,19 @@ class RateTuner(StreamTuner):
         if now < self._not_before:
             return self.wanted
         if self._since is None:
-            self._since, self._delivered = now, flow.delivered
+            self._since = now
+            self._delivered, self._sent, self._lost = flow.delivered, flow.sent, flow.lost
             return self.wanted
         self._looks += 1
         self._limited_looks += idle or not flow.unsent
         self._waited += flow.rtt_s / flow.min_rtt_s
         elapsed = now - self._since
         if elapsed >= max(_LEAST_MEASURE_S, _MEASURE_ROUNDS * flow.min_rtt_s):
-            measured = _Measured((flow.delivered - self._delivered) / elapsed, self._waited / self._looks)
+            measured = _Measured(
+                (flow.delivered - self._delivered) / elapsed,
+                self._waited / self._looks,
+                (flow.lost - self._lost) / max(1, flow.sent - self._sent),
+            )
             limited = self._limited_looks > _MOST_LIMITED * self._looks
             self._measure_from(now)
             if not limited:
@@ -257,6 +267,9 @@ class RateTuner(StreamTuner):
         if upwards and self.wanted < self.range.most:
             lanes = max(_STEP_UP * self.wanted, min(round(flow.bdp / PER_LANE), 2 * _STEP_UP * self.wanted))
             self._try(lanes, measured, "to try whether more carry more", now)
+        elif measured.loss >= LOSSY and not self._has_waited:
+            self._has_waited = True
+            self._hold_until = now + self._hold_s
         elif not upwards and self.wanted > self.range.least:
             self._try(int(self.wanted * _STEP_DOWN), measured, "to try whether fewer do", now)
         else:
