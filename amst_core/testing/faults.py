@@ -20,6 +20,7 @@ from ..interfaces import (
     Advertisement,
     Candidate,
     Endpoint,
+    FlowSample,
     Lane,
     LaneRequest,
     LaneTimeouts,
@@ -226,6 +227,15 @@ class FaultyLane(Lane):
 
     def set_congestion(self, algorithm: str) -> str:
         return self.inner.set_congestion(algorithm)
+
+    def set_pacing(self, rate: float | None) -> None:
+        self.inner.set_pacing(rate)
+
+    def limit_unsent(self, nbytes: int) -> None:
+        self.inner.limit_unsent(nbytes)
+
+    def flow_sample(self) -> FlowSample | None:
+        return self.inner.flow_sample()
 
     @property
     def description(self) -> str:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeAlias
 
-from ..interfaces import HEADER_SIZE, FileSpan, Lane, LaneTimeouts, PathStats, StreamLane
+from ..errors import UnavailableError
+from ..interfaces import HEADER_SIZE, FileSpan, FlowSample, Lane, LaneTimeouts, PathStats, StreamLane
 from .conformance import SETTLE_S, Call, NotApplicable, Trial
 
 Frame: TypeAlias = tuple[bytes, bytes]
@@ -122,6 +123,38 @@ class LaneTrial(Trial):
         if not isinstance(stats, PathStats):
             self.fail("path_stats to return PathStats", repr(stats))
         return stats
+
+    def flow(self, lane: Lane) -> FlowSample | None:
+        """How the lane's sending half stands, as far as it tells."""
+        sample = self.call("flow_sample", lane.flow_sample)
+        if not (sample is None or isinstance(sample, FlowSample)):
+            self.fail("flow_sample to return FlowSample or None", repr(sample))
+        return sample
+
+    def known_flow(self, lane: Lane) -> FlowSample:
+        """The same of a lane that must tell, as all of its kind do."""
+        sample = self.flow(lane)
+        if sample is None:
+            raise NotApplicable("this kind of lane does not tell how its sending half stands")
+        return sample
+
+    def takes_pace(self, lane: Lane, rate: float | None) -> bool:
+        """Set a pace; False where the lane says that its kind cannot be paced."""
+
+        def set_pacing() -> bool:
+            try:
+                lane.set_pacing(rate)
+            except UnavailableError:
+                return False
+            return True
+
+        taken: bool = self.call("set_pacing", set_pacing)
+        return taken
+
+    def pace(self, lane: Lane, rate: float | None) -> None:
+        """Set a pace, as a rule needs that is about lanes that can be paced."""
+        if not self.takes_pace(lane, rate):
+            raise NotApplicable("this kind of lane cannot be paced")
 
     # ---- parts of frames ---------------------------------------------------------------------
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from itertools import pairwise
 from typing import Final
 
 from ..errors import AmstError, BrokenError, ClosedError, UnavailableError
-from ..interfaces import HEADER_SIZE, Lane, LaneTimeouts, StreamLane
+from ..interfaces import HEADER_SIZE, FlowSample, Lane, LaneTimeouts, StreamLane
 from .conformance import PATIENCE_S, SETTLE_S, Call, Conformance, Counted, NotApplicable, Rule, chosen
 from .lane_trial import STEPS, LaneTrial, MakePair, Pace, first_difference, header, pattern
 
@@ -27,6 +28,18 @@ _COUNTERS: Final = ("bytes_acknowledged", "bytes_received", "segments_sent", "se
 _NEVER_ZERO: Final = ("rtt_s", "min_rtt_s", "cwnd", "pacing_rate", "delivery_rate", "mss")
 _MANY: Final = 16
 _NO_CONGESTION: Final = "no-such-control"
+_TOTALS: Final = ("delivered", "sent", "lost")
+_SIZES_OF_FLOWS: Final = (*_TOTALS, "in_flight", "window", "unsent", "mss")
+_RATES: Final = (1.0, 1500.5, 1 << 20, 2e10, None)
+"""Bytes/s that any lane takes that can be paced; the largest does not fit into 32 bits."""
+
+_FIRST_PACE: Final = 8 << 20
+_SECOND_PACE: Final = 2 << 20
+_AHEAD: Final = 512 << 10
+"""Bytes that a lane may be ahead of its pace, some full segments of a loopback interface (64 KiB each)."""
+
+_PIECE: Final = 16 << 10
+_SLOW_PACE: Final = 256 << 10
 
 
 def check_lane_pair(
@@ -614,6 +627,159 @@ def _congestion(t: LaneTrial) -> None:
         t.check(now == own, f"{own!r} to stay in force after another was refused", repr(now))
 
 
+# ---- pacing ---------------------------------------------------------------------------------------
+
+
+def _pace_taken(t: LaneTrial) -> None:
+    near, far = t.pair()
+    taken = {rate: t.takes_pace(near, rate) for rate in _RATES}
+    t.check(len(set(taken.values())) == 1, "one answer to every rate: it is taken, or UnavailableError", taken)
+    got = t.carry(near, far, (header(2700), b"abc"))
+    t.check(got == [(header(2700), b"abc")], "frames to pass as before", got)
+
+
+def _pace_holds(t: LaneTrial) -> None:
+    near, far = t.pair()
+    t.pace(near, None)
+    pieces = [(header(2800 + number), bytes(_PIECE)) for number in range(_AHEAD // _PIECE)]
+    t.carry(near, far, *pieces, *pieces)  # what a new connection may send at once has gone
+    t.pace(near, _FIRST_PACE)
+    began = time.monotonic()
+    sending = t.sending(near, *pieces, *pieces, *pieces)
+    for _ in pieces:
+        t.receive(far, _PIECE)
+    t.pace(near, _SECOND_PACE)
+    changed = time.monotonic()
+    for _ in range(2 * len(pieces)):
+        t.receive(far, _PIECE)
+    ended = time.monotonic()
+    t.returns(sending)
+    most = _AHEAD + _FIRST_PACE * (changed - began) + _SECOND_PACE * (ended - changed)
+    t.check(
+        3 * _AHEAD <= most,
+        f"at most {_FIRST_PACE} bytes/s for {changed - began:.3f} s, then {_SECOND_PACE} for {ended - changed:.3f} s,"
+        f" and {_AHEAD} bytes ahead of that",
+        f"{3 * _AHEAD} bytes",
+    )
+
+
+def _pace_lifted(t: LaneTrial) -> None:
+    near, far = t.pair()
+    t.pace(near, _SLOW_PACE)
+    sending = t.sending(near, (header(2900), bytes(_LARGE)))
+    receiving = t.receiving(far, _LARGE)
+    sending.ended(SETTLE_S)
+    t.pace(near, None)
+    t.returns(receiving)
+    t.returns(sending)
+
+
+def _pacing_blocks(t: LaneTrial) -> None:
+    near, far = t.pair()
+    t.within(near, far)
+    for number in range(10):
+        t.takes_pace(near, None if number % 2 else 1e9)
+        t.call("limit_unsent, while a thread sends,", near.limit_unsent, 64 << 10)
+        t.flow(near)
+
+
+def _pace_closed(t: LaneTrial) -> None:
+    for end in ("close", "abort"):
+        near, _far = t.pair()
+        t.pace(near, None)
+        t.call(end, getattr(near, end))
+        for rate in (1e6, None):
+            t.raises(t.begin("set_pacing", near.set_pacing, rate), ClosedError)
+
+
+def _unsent(t: LaneTrial) -> None:
+    for end in ("close", "abort"):
+        near, far = t.pair()
+        for nbytes in (1 << 40, 64 << 10, 1):
+            t.call("limit_unsent", near.limit_unsent, nbytes)
+            got = t.carry(near, far, (header(3500), pattern(100_000)))
+            t.check(got == [(header(3500), pattern(100_000))], "frames to pass as before", "others")
+        t.call(end, getattr(near, end))
+        for lane in (near, far):
+            t.call(f"limit_unsent after {end}", lane.limit_unsent, 64 << 10)
+
+
+# ---- how the sending half stands --------------------------------------------------------------------
+
+
+def _flow_raises(t: LaneTrial) -> None:
+    for end in ("close", "abort"):
+        near, far = t.pair()
+        t.flow(near)
+        t.carry(near, far, (header(3600), b"abc"))
+        t.flow(near)
+        t.call(end, getattr(near, end))
+        t.flow(near)
+        t.flow(far)
+
+
+def _flow_totals(t: LaneTrial) -> None:
+    near, far = t.pair()
+    taken = [t.known_flow(near)]
+    for number in range(1, 4):
+        t.carry(near, far, (header(3700 + number), bytes(10_000)))
+        least = number * (HEADER_SIZE + 10_000)
+        t.wait(
+            lambda least=least: t.known_flow(near).delivered >= least,  # type: ignore[misc]
+            f"delivered to reach the {least} bytes that the peer has received", lambda: near.flow_sample(),
+        )  # fmt: skip
+        taken.append(t.known_flow(near))
+    for earlier, later in pairwise(taken):
+        for name in _TOTALS:
+            was, now = getattr(earlier, name), getattr(later, name)
+            # what is counted in segments may become less with them
+            holds = now >= was or later.mss < earlier.mss
+            t.check(holds, f"{name} to be a total that never falls", f"{now} after {was}")
+    for sample in taken:
+        most = sample.sent + 2 * sample.mss  # opening and closing a connection are acknowledged as well
+        t.check(sample.delivered <= most, "no more to be delivered than was sent, but for two segments", sample)
+
+
+def _flow_settles(t: LaneTrial) -> None:
+    near, far = t.pair()
+    t.known_flow(near)
+    frame = t.within(near, far)
+
+    def under_way() -> int:
+        sample = t.known_flow(near)
+        return sample.in_flight + sample.unsent
+
+    t.wait(under_way, "in_flight or unsent to tell of a frame that is being sent", lambda: near.flow_sample())
+    frame.go_on()
+    t.returns(frame.receiving)
+    t.returns(frame.sending)
+    t.wait(
+        lambda: not under_way(), "in_flight and unsent to be 0 once all has arrived", lambda: near.flow_sample()
+    )
+
+
+def _flow_plausible(t: LaneTrial) -> None:
+    began = time.monotonic()
+    near, far = t.pair()
+    samples: list[FlowSample] = []
+
+    def look() -> None:
+        sample = t.known_flow(near)
+        samples.append(sample)
+        for name in _SIZES_OF_FLOWS:
+            value = getattr(sample, name)
+            least = name in ("window", "mss")
+            t.check(isinstance(value, int) and value >= least, f"{name} to be whole bytes, {least:d} at least", sample)
+        t.check(0 < sample.min_rtt_s <= sample.rtt_s, "a shortest round trip above 0, and none below it", sample)
+        lives_s = time.monotonic() - began
+        t.check(sample.rtt_s <= lives_s, f"no round trip longer than the {lives_s:.6f} s that the lane lives", sample)
+
+    look()
+    for number in range(3):
+        t.carry(near, far, (header(3800 + number), bytes(100_000)))
+        look()
+
+
 def _described(lane: Lane) -> object:
     return lane.description
 
@@ -682,6 +848,21 @@ LANE_RULES: Final[tuple[Rule[LaneTrial], ...]] = (
     Rule("stats-busy-is-not-dead", "bytes_waiting leaves out what the peer has no room for", _stats_busy),
     Rule("congestion-reads-back", "set_congestion tells what is in force; what is refused leaves that alone",
          _congestion),
+    Rule("pace-is-taken-or-refused", "set_pacing takes any rate, or refuses each by UnavailableError", _pace_taken),
+    Rule("pace-holds", "no more is sent than the pace allows, also when it changes meanwhile", _pace_holds),
+    Rule("no-pace-is-no-limit", "set_pacing(None) lifts the pace at once, also of a frame that is being sent",
+         _pace_lifted),
+    Rule("pacing-never-blocks", "set_pacing, limit_unsent and flow_sample return while other threads are inside"
+         " the lane", _pacing_blocks),
+    Rule("closed-is-not-paced", "after close or abort, set_pacing raises ClosedError", _pace_closed),
+    Rule("unsent-is-a-wish", "limit_unsent never raises, and frames pass whatever it asks for", _unsent),
+    Rule("flow-never-raises", "flow_sample returns FlowSample or None at any time, also after the end", _flow_raises),
+    Rule("flow-counts-totals", "delivered, sent and lost are totals in bytes, and what is delivered was sent",
+         _flow_totals),
+    Rule("flow-settles", "what is being sent is in flight or unsent, and neither once all has arrived",
+         _flow_settles),
+    Rule("flow-is-plausible", "sizes are whole bytes, and no round trip is longer than the lane lives",
+         _flow_plausible),
     Rule("description-is-there", "description is text, also after the end", _description),
 )  # fmt: skip
 """In the order in which they are tried: what others rest on comes first."""

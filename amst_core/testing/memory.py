@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import ClassVar, Final
 
 from ..errors import AmstError, BrokenError, ClosedError, ConfigError, ConnectError, UsageError
@@ -18,6 +20,7 @@ from ..interfaces import (
     Advertisement,
     Candidate,
     Endpoint,
+    FlowSample,
     Lane,
     LaneRequest,
     LaneTimeouts,
@@ -33,9 +36,25 @@ CAPACITY: Final = 256 << 10
 
 _FOREVER: Final = threading.TIMEOUT_MAX
 
+_SEGMENT: Final = 1448
+"""What counts as a segment in memory, in bytes: as on most networks."""
+
+_PACE_S: Final = 0.005
+"""A paced lane sends so much time's worth of bytes at once, and catches up so much after a pause."""
+
+_FIRST_RTT_S: Final = 1e-5
+"""The round trip until one was measured: handing over to another thread takes no less."""
+
+_RTT_GAIN: Final = 1 / 8  # RFC 6298's
+
 
 class ByteQueue:
-    """One direction of a lane: at most ``capacity`` bytes that were written and not read."""
+    """One direction of a lane: at most ``capacity`` bytes that were written and not read.
+
+    Attributes:
+        written, taken: bytes so far; ``unsent``: bytes that somebody is about to write.
+        rtt_s: how long a byte lies here, smoothed; ``min_rtt_s``: the shortest.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -43,29 +62,65 @@ class ByteQueue:
         self._changed = threading.Condition()  # re-entrant: a signal handler may abort what it interrupted
         self._finished = False  # by the writer: what lies here may be read, then it ends
         self._cut = False  # by either side: nothing moves any more
-        self.written = 0
+        self.written = self.taken = self.unsent = 0
+        self.rtt_s = self.min_rtt_s = _FIRST_RTT_S
+        self._timed: tuple[int, float] | None = None  # one byte at a time, by its number: when it was written
+        self._rate: float | None = None
+        self._next_at = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes/s that are let in; None: no limit."""
+        return self._rate
+
+    def pace(self, rate: float | None) -> None:
+        """Let at most ``rate`` bytes/s in, 1 at least; None: as many as there is room for."""
+        with self._changed:
+            self._rate = None if rate is None else max(1.0, rate)
+            self._changed.notify_all()
 
     def write(self, parts: Sequence[memoryview], timeout_s: float) -> int:
         """Append what there is room for, at least a byte; 0 when there was no room for ``timeout_s``.
+
+        A pace has it wait as long as it takes, and append less.
 
         Raises:
             BrokenPipeError: the queue was finished or cut.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._cut or self._finished or len(self._bytes) < self.capacity, min(timeout_s, _FOREVER)
-            )
-            if self._cut or self._finished:
+            self.unsent = sum(part.nbytes for part in parts)
+            if self._changed.wait_for(
+                lambda: self.ended or len(self._bytes) < self.capacity, min(timeout_s, _FOREVER)
+            ):
+                self._wait_for_pace()
+            if self.ended:
                 raise BrokenPipeError
-            room = before = self.capacity - len(self._bytes)
+            room = before = min(self.capacity - len(self._bytes), self._at_once())
             for part in parts:
-                self._bytes += part[:room]
-                room = self.capacity - len(self._bytes)
+                piece = part[:room]
+                self._bytes += piece
+                room -= piece.nbytes
                 if not room:
                     break
-            self.written += before - room
+            self._count_written(before - room)
             self._changed.notify_all()
             return before - room
+
+    def _wait_for_pace(self) -> None:
+        while self._rate is not None and not self.ended and (wait_s := self._next_at - time.monotonic()) > 0:
+            self._changed.wait(wait_s)
+
+    def _at_once(self) -> int:
+        return self.capacity if self._rate is None else max(1, int(min(self.capacity, self._rate * _PACE_S)))
+
+    def _count_written(self, nbytes: int) -> None:
+        now = time.monotonic()
+        self.written += nbytes
+        self.unsent -= nbytes
+        if self._timed is None and nbytes:
+            self._timed = self.written, now
+        if self._rate is not None:
+            self._next_at = max(self._next_at, now - _PACE_S) + nbytes / self._rate
 
     def read_into(self, view: memoryview, timeout_s: float) -> int | None:
         """Move up to ``view.nbytes`` bytes; 0 at the end, None when nothing came for ``timeout_s``.
@@ -81,9 +136,26 @@ class ByteQueue:
             if got:
                 view[:got] = self._bytes[:got]
                 del self._bytes[:got]
+                self._count_taken(got)
                 self._changed.notify_all()
                 return got
             return 0 if self._finished else None
+
+    def _count_taken(self, nbytes: int) -> None:
+        self.taken += nbytes
+        if self._timed is None or self.taken < self._timed[0]:
+            return
+        measured_s = max(_FIRST_RTT_S, time.monotonic() - self._timed[1])
+        self._timed = None
+        if self.rtt_s == _FIRST_RTT_S:
+            self.rtt_s = self.min_rtt_s = measured_s
+        else:
+            self.rtt_s += _RTT_GAIN * (measured_s - self.rtt_s)
+            self.min_rtt_s = min(self.min_rtt_s, measured_s)
+
+    def still(self) -> AbstractContextManager[object]:
+        """Nothing moves here in the block."""
+        return self._changed
 
     @property
     def waiting(self) -> int:
@@ -160,8 +232,36 @@ class MemoryLane(StreamLane):
         self._outgoing.cut()
         self._incoming.cut()
 
+    def set_pacing(self, rate: float | None) -> None:
+        """As promised; what a pace holds back is no send that makes no progress."""
+        self._check_open()
+        self._outgoing.pace(rate)
+
+    @property
+    def pace(self) -> float | None:
+        """Bytes/s that this end may send; None: as many as it can."""
+        return self._outgoing.rate
+
+    def flow_sample(self) -> FlowSample | None:
+        """As if what lies in the queue were on its way, and reading it acknowledged it; nothing is ever lost."""
+        queue = self._outgoing
+        if self._closed:
+            return None
+        with queue.still():
+            return FlowSample(
+                delivered=queue.taken,
+                sent=queue.written,
+                lost=0,
+                in_flight=queue.written - queue.taken,
+                window=queue.capacity,
+                unsent=queue.unsent,
+                rtt_s=queue.rtt_s,
+                min_rtt_s=queue.min_rtt_s,
+                mss=_SEGMENT,
+            )
+
     def path_stats(self) -> PathStats:
-        """Counters only: memory has no round trip, and what was written has arrived."""
+        """Counters only: what was written has arrived, and how far that was nobody can tell."""
         return PathStats(
             bytes_acknowledged=self._outgoing.written, bytes_received=self._incoming.written, bytes_waiting=0
         )

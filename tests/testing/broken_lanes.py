@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from amst_core.errors import BrokenError, ClosedError
-from amst_core.interfaces import FileSpan, LaneTimeouts, PathStats, Placer
+from amst_core.interfaces import FileSpan, FlowSample, LaneTimeouts, PathStats, Placer
 from amst_core.testing.memory import CAPACITY, ByteQueue, MemoryLane
 
 HANG_S = 4.0
@@ -532,6 +533,95 @@ class CountsWhatThePeerHasNotRead(MemoryLane):
 class TakesAnyCongestion(MemoryLane):
     def set_congestion(self, algorithm: str) -> str:
         return algorithm
+
+
+# ---- pacing ---------------------------------------------------------------------------------------
+
+
+@breaks("pace-is-taken-or-refused")
+class PacesInThirtyTwoBits(MemoryLane):
+    def set_pacing(self, rate: float | None) -> None:
+        super().set_pacing(None if rate is None else struct.unpack("=I", struct.pack("=I", int(rate)))[0])
+
+
+@breaks("pace-holds")
+class TakesBitsForBytes(MemoryLane):
+    def set_pacing(self, rate: float | None) -> None:
+        super().set_pacing(None if rate is None else 8 * rate)
+
+
+@breaks("no-pace-is-no-limit")
+class NoneIsNoNews(MemoryLane):
+    def set_pacing(self, rate: float | None) -> None:
+        if rate is not None or self._closed:
+            super().set_pacing(rate)
+
+
+@breaks("pacing-never-blocks")
+class PacingTakesTheSendersLock(BusyLane):
+    asked = 0
+
+    def set_pacing(self, rate: float | None) -> None:
+        self.asked += 1
+        until = time.monotonic() + HANG_S
+        while self.asked % 8 == 0 and self.is_sending and time.monotonic() < until:
+            time.sleep(0.01)
+        super().set_pacing(rate)
+
+
+@breaks("closed-is-not-paced")
+class PacesTheClosed(MemoryLane):
+    def set_pacing(self, rate: float | None) -> None:
+        if not self._closed:
+            super().set_pacing(rate)
+
+
+@breaks("unsent-is-a-wish")
+class LimitsTheLivingOnly(MemoryLane):
+    def limit_unsent(self, nbytes: int) -> None:
+        self._check_open()
+
+
+# ---- how the sending half stands --------------------------------------------------------------------
+
+
+@breaks("flow-never-raises")
+class FlowOfTheLivingOnly(MemoryLane):
+    def flow_sample(self) -> FlowSample | None:
+        self._check_open()
+        return super().flow_sample()
+
+
+class OtherFlow(MemoryLane):
+    """Tells something else than the truth."""
+
+    def told(self, sample: FlowSample) -> FlowSample:
+        raise NotImplementedError
+
+    def flow_sample(self) -> FlowSample | None:
+        sample = super().flow_sample()
+        return None if sample is None else self.told(sample)
+
+
+@breaks("flow-counts-totals")
+class FlowSinceTheLastSample(OtherFlow):
+    before = 0
+
+    def told(self, sample: FlowSample) -> FlowSample:
+        self.before, before = sample.delivered, self.before
+        return replace(sample, delivered=sample.delivered - before)
+
+
+@breaks("flow-settles")
+class KeepsAHeaderInFlight(OtherFlow):
+    def told(self, sample: FlowSample) -> FlowSample:
+        return replace(sample, in_flight=sample.in_flight + 32 * (sample.sent > 0))
+
+
+@breaks("flow-is-plausible")
+class CountsMicroseconds(OtherFlow):
+    def told(self, sample: FlowSample) -> FlowSample:
+        return replace(sample, rtt_s=sample.rtt_s * 1e6, min_rtt_s=sample.min_rtt_s * 1e6)
 
 
 @breaks("description-is-there")

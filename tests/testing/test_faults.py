@@ -82,6 +82,14 @@ def test_without_faults_a_lane_keeps_every_rule() -> None:
     }, "those that need a StreamLane"
 
 
+def test_a_bound_of_what_waits_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, _far = memory_lane_pair()
+    asked: list[int] = []
+    monkeypatch.setattr(near, "limit_unsent", asked.append)
+    FaultyLane(near).limit_unsent(40_000)
+    assert asked == [40_000]
+
+
 @pytest.mark.parametrize("kind", ["own listener", "the core's listener"])
 def test_without_faults_a_transport_keeps_every_rule(kind: str) -> None:
     def make_transport(network: Any) -> Transport:
