@@ -105,6 +105,8 @@ def _session(
         with session:
             if options.bwlimit:
                 _limit_rate(options, session)
+            elif options.bwlimit is not None:
+                session.limit_rate(None)  # whatever transport.amst.pacing_rate says
             yield session
     finally:
         report.take_session(session)

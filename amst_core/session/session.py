@@ -463,6 +463,8 @@ class Session:
     def limit_rate(self, bytes_per_s: float | None) -> None:
         """Send at most so many payload bytes per second from now on, over all streams; None: without a limit.
 
+        It takes the place of ``transport.amst.pacing_rate``.
+
         Raises:
             UsageError: less than 16 KiB/s.
         """

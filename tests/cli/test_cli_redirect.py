@@ -229,6 +229,17 @@ def test_a_limited_rate_holds(place):
     assert time.monotonic() - began > 2
 
 
+def test_the_rate_of_the_settings_holds_until_the_command_line_has_another(place):
+    amst, url, _ = place
+    content = CONTENT[:1_500_000]
+    began = time.monotonic()
+    assert feed(amst, content, "cp", "--set", "transport.amst.pacing_rate=1MB/s", "-", f"{url}/f").returncode == 0
+    assert time.monotonic() - began > 1
+    slow = ("--set", "transport.amst.pacing_rate=16KiB/s")  # which would take longer than is waited for
+    for limit in ("0", "100MB/s"):
+        assert feed(amst, content, "cp", *slow, "--bwlimit", limit, "-", f"{url}/f").returncode == 0
+
+
 def test_a_bar_on_the_terminal_and_the_data_elsewhere(place):
     amst, url, there = place
     (there / "f").write_bytes(CONTENT)

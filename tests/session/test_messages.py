@@ -572,6 +572,31 @@ def _settled(net: Any, value: Any, for_s: float = 0.3) -> None:
             last, since = now, time.monotonic()
 
 
+def held_to(session: Any) -> float | None:
+    """Payload that ``session`` sends at most, bytes/s."""
+    bucket = session.core.engine._bucket
+    return None if bucket is None else bucket.rate
+
+
+def test_each_side_begins_with_the_rate_of_its_settings_until_it_is_told_another(net: Any) -> None:
+    server = net.server(transport__amst__pacing_rate="64MiB/s")
+    near = net.connect(server, transport__amst__pacing_rate="32MiB/s")
+    far = server.accept(5)
+    assert (held_to(near), held_to(far)) == (32 * MIB, 64 * MIB)
+    near.limit_peer_rate(128 * MIB)
+    assert held_to(far) == 64 * MIB, "the lower one holds"
+    near.limit_peer_rate(16 * MIB)
+    assert held_to(far) == 16 * MIB
+    near.limit_peer_rate(None)
+    assert held_to(far) == 64 * MIB
+    near.limit_rate(100 * MIB)
+    assert held_to(near) == 100 * MIB
+    near.limit_rate(None)
+    assert held_to(near) is None
+    plain = net.connect(net.server())
+    assert held_to(plain) is None
+
+
 def test_a_ticket_says_how_much_the_peer_holds(net: Any) -> None:
     """Without a progress callback too."""
     pair = net.pair()
