@@ -122,6 +122,11 @@ def _open(
             f"{streams} streams: {amst.min_streams} to {amst.max_streams} are possible (transport.amst.min_streams, "
             "transport.amst.max_streams)"
         )
+    if max_streams is not None and not amst.min_streams <= max_streams <= amst.max_streams:
+        raise UsageError(
+            f"at most {max_streams} streams: {amst.min_streams} to {amst.max_streams} are possible "
+            "(transport.amst.min_streams, transport.amst.max_streams)"
+        )
     wants_plaintext = settings.security.plaintext if plaintext is None else plaintext
     if not (verify or wants_plaintext):
         raise UsageError("encrypted data is always verified: to verify none, ask for plaintext too (--plaintext)")

@@ -67,10 +67,10 @@ class Controllers:
             asked,
             self._system_names,
             self._broken,
-            backend=(backend if own is Backend.AUTO else own) if paced else Backend.KERNEL,
+            backend=backend if own is Backend.AUTO else own,
             base=congestion.base,
-            make=self._make,
-            polite=polite and paced,
+            make=self._make if paced else None,
+            polite=polite,
         )
 
     def _make(self, name: str) -> CongestionController:

@@ -68,7 +68,7 @@ class CongestionPolicy:
         make: Callable[[str], CongestionController] | None = None,
         polite: bool = False,
     ) -> None:
-        self.polite = polite and make is not None
+        self.polite = polite
         self._asked = asked
         self._backend = Backend.KERNEL if make is None else Backend.USERSPACE if polite else backend
         self._base = base

@@ -65,14 +65,23 @@ class SessionFlow:
         """
         return self.window / self.min_rtt_s if self.min_rtt_s else 0.0
 
+    def rest(self) -> None:
+        """Nothing is sent for a while: what was delivered meanwhile is no rate of the path's."""
+        self._history.clear()
+        self._rates.clear()
+        self.rate = self.bandwidth = 0.0
+
     def observe(self, lanes: Mapping[int, FlowSample], now: float, *, limited: bool) -> None:
         """The lanes at ``now``; ``limited``: something else than the path limits what they deliver."""
         if not lanes:
             self._last = {}
             return
         prior_in_flight = self.in_flight
+        before = {id: lane.delivered for id, lane in self._last.items()}
         acked, lost, sent = self._add(lanes)
-        rtt_s = min(lane.rtt_s for lane in lanes.values())
+        # One that sends nothing tells the round trip of long ago.
+        moved = [lane.rtt_s for id, lane in lanes.items() if lane.delivered != before.get(id)]
+        rtt_s = min(moved or [lane.rtt_s for lane in lanes.values()])
         if self.min_rtt_s and rtt_s <= self.min_rtt_s * _SAME_RTT:
             self._min_rtt.update(min(rtt_s, self.min_rtt_s), now)
             self.rtt_s = rtt_s
@@ -80,8 +89,8 @@ class SessionFlow:
         else:
             self.rtt_s = rtt_s
         self.min_rtt_s = self._min_rtt.update(rtt_s, now)
-        since, before = self._measure(now, acked)
-        new_round = before >= self._round_ends_at
+        since, delivered_before = self._measure(now, acked)
+        new_round = delivered_before >= self._round_ends_at
         if new_round:
             self._round_ends_at = self.delivered
             self.rounds += 1
@@ -97,7 +106,7 @@ class SessionFlow:
             rate = None if since is None else self.rate
             sample = AckSample(
                 now, sent_at, acked, lost, rtt_s, self.in_flight, prior_in_flight,
-                self.delivered, before, rate, limited, new_round,
+                self.delivered, delivered_before, rate, limited, new_round,
             )  # fmt: skip
             controller.on_ack(sample)
 

@@ -78,7 +78,14 @@ class SessionPacer(ABC):
     @property
     def tick_s(self) -> float:
         """When to look again."""
-        return self._tick_s / 2 if 0 < self.flow.min_rtt_s <= SHORT_PATH_S else self._tick_s
+        short = self.bounds and 0 < self.flow.min_rtt_s <= SHORT_PATH_S
+        return self._tick_s / 2 if short else self._tick_s
+
+    def rest(self) -> None:
+        """Nothing is sent for a while."""
+        self.flow.rest()
+        self.guard.rest()
+        self.tuner.rest()
 
     @abstractmethod
     def look(self, lanes: Mapping[int, FlowSample], live: int, now: float, *, idle: bool) -> Pace:
@@ -111,11 +118,11 @@ class ControllerPacer(SessionPacer):
         flow.observe(lanes, now, limited=idle or tuner.wants_more)
         mode = self._controller.state().get("mode")
         streams = tuner.look(flow, live, now, settled=mode != "startup", idle=idle)
-        if not flow.bandwidth:
-            return Pace(dict.fromkeys(lanes), None, streams)
-        if self._polite:
+        if self._polite and flow.min_rtt_s:
             total = self._allowed()
             return Pace(self.caps(lanes, total), total, streams)
+        if not flow.bandwidth:
+            return Pace(dict.fromkeys(lanes), None, streams)
         drains = self.guard.look(flow, now) and mode == "probe_bw"
         total = min(self._allowed(), DRAIN_GAIN * flow.bandwidth) if drains else self._allowed()
         if not drains and self._loses_without_queue(now):

@@ -37,6 +37,11 @@ class QueueGuard:
         """A queue is being taken down now."""
         return self._drain_until is not None
 
+    def rest(self) -> None:
+        """Nothing is sent for a while: there is no queue of ours."""
+        self._least = float("inf")
+        self._drain_until = None
+
     def look(self, flow: SessionFlow, now: float) -> bool:
         """Whether the queue is to be drained, at ``now``."""
         bdp = flow.bdp

@@ -34,6 +34,7 @@ class StreamTuner(ABC):
 
     def __init__(self, range: Range) -> None:
         self.range = range
+        self._apart_since: float | None = None  # there are not as many lanes as wanted, and nothing is under way
         self.wanted = range.start
         self.reason = range.reason
 
@@ -59,12 +60,34 @@ class StreamTuner(ABC):
         self.range = range
         self.choose(range.start, range.reason)
 
+    def rest(self) -> None:
+        """Nothing is sent for a while: what was being measured says nothing."""
+
+    def take_as_they_are(self, live: int, now: float) -> bool:
+        """Whether ``live`` lanes have differed from what is wanted for so long that they are what is wanted now.
+
+        Lanes may not come, and the peer, which sends as well, may have others go or come.
+        """
+        if live == self.wanted:
+            self._apart_since = None
+        elif self._apart_since is None:
+            self._apart_since = now
+        elif now - self._apart_since > COMING_S:
+            self._apart_since = None
+            self.choose(live, f"no more than {live} came" if live < self.wanted else "the peer has as many")
+            return True
+        return False
+
     def choose(self, wanted: int, reason: str) -> int:
         """Have ``wanted`` lanes, as far as the range goes, for ``reason``."""
         wanted = max(self.range.least, min(self.range.most, wanted))
         if wanted != self.wanted:
             self.wanted, self.reason = wanted, reason
         return self.wanted
+
+
+COMING_S: Final = 5.0
+"""So long lanes are waited for."""
 
 
 # ---- lanes whose windows collapse under loss --------------------------------------------------
@@ -100,11 +123,17 @@ class WindowTuner(StreamTuner):
     def wants_more(self) -> bool:
         return self._short and self.wanted < self.range.most
 
+    def rest(self) -> None:
+        self._surplus_since = None
+
     def look(self, flow: SessionFlow, live: int, now: float, *, settled: bool, idle: bool) -> int:
+        if self.range.fixed:
+            return self.range.start
         if idle or not flow.bandwidth or not live:
             return self.wanted
+        self.take_as_they_are(live, now)
         self._short = flow.capacity < HEADROOM * flow.bandwidth
-        if now < self._next or self.range.fixed:
+        if now < self._next:
             return self.wanted
         self._next = now + max(2 * flow.min_rtt_s, _LEAST_PAUSE_S)
         there = max(self.wanted, live)
@@ -117,7 +146,7 @@ class WindowTuner(StreamTuner):
                 self._surplus_since = now
             elif now - self._surplus_since > _SURPLUS_S:
                 self._surplus_since = now - _SURPLUS_S + _ONE_MORE_GONE_S
-                return self.choose(self.wanted - 1, _windows(flow))
+                return self.choose(min(live, self.wanted) - 1, _windows(flow))
         else:
             self._surplus_since = None
         return self.wanted
@@ -158,7 +187,6 @@ _LEAVE_ROUNDS: Final = 3
 _LEAST_SETTLE_S: Final = 0.5
 _LEAST_MEASURE_S: Final = 1.0
 _LEAST_LEAVE_S: Final = 0.1
-_COMING_S: Final = 5.0
 _HOLD_S: Final = 10.0
 _LONGEST_HOLD_S: Final = 80.0
 _CHANGED: Final = 0.3
@@ -191,7 +219,6 @@ class RateTuner(StreamTuner):
         self._upwards = upwards
         self._target = range.start
         self._next_leave = 0.0
-        self._coming_until = float("inf")
         self._not_before: float | None = None  # when the lanes have settled
         self._since: float | None = None  # when the measurement began
         self._delivered = self._sent = self._lost = 0
@@ -199,6 +226,7 @@ class RateTuner(StreamTuner):
         self._waited = 0.0
         self._tried_from: tuple[int, _Measured] | None = None  # lanes and what they carried before the try under way
         self._rate = 0.0
+        self._best = 0.0
         self._hold_until = 0.0
         self._pause_s = 0.0  # that begins once the lanes are back
         self._hold_s = _HOLD_S
@@ -213,18 +241,23 @@ class RateTuner(StreamTuner):
         self._target = self.wanted
 
     def look(self, flow: SessionFlow, live: int, now: float, *, settled: bool, idle: bool) -> int:
-        if not settled or self.range.fixed or not live:
+        if self.range.fixed:
+            return self.range.start
+        if not settled or not live:
             return self.wanted
         if self._target < self.wanted and now >= self._next_leave:
             self._next_leave = now + max(_LEAST_LEAVE_S, _LEAVE_ROUNDS * flow.min_rtt_s)
             self.choose(self.wanted - 1, self.reason)
         if self._not_before is None or live != self._target:
-            if self._not_before is not None and now >= self._coming_until and live < self._target:
-                self._aim(live, f"no more than {live} came", now)
+            if self._target == self.wanted and self.take_as_they_are(live, now):
+                self._target = self.wanted
+                if self._tried_from is not None and self._tried_from[0] == self.wanted:
+                    self._tried_from = None
+                    self._hold(now)
             self._hold_until = now + self._pause_s
             self._measure_from(now + max(_LEAST_SETTLE_S, _SETTLE_ROUNDS * flow.min_rtt_s))
             return self.wanted
-        self._coming_until = float("inf")
+        self._apart_since = None
         if now < self._not_before:
             return self.wanted
         if self._since is None:
@@ -247,6 +280,9 @@ class RateTuner(StreamTuner):
                 self._judge(flow, measured, now)
         return self.wanted
 
+    def rest(self) -> None:
+        self._not_before = None
+
     def _measure_from(self, when: float) -> None:
         self._not_before, self._since = when, None
         self._looks = self._limited_looks = 0
@@ -259,8 +295,9 @@ class RateTuner(StreamTuner):
             return
         rate, self._rate = self._rate, measured.rate
         if rate and abs(measured.rate - rate) > _CHANGED * rate:
-            self._hold_until, self._hold_s = now, _HOLD_S
+            self._hold_until, self._hold_s, self._best = now, _HOLD_S, measured.rate
             return
+        self._best = max(self._best, measured.rate)
         if now < self._hold_until:
             return
         upwards = self._upwards and measured.queue < FULL
@@ -278,25 +315,26 @@ class RateTuner(StreamTuner):
     def _try(self, lanes: int, before: _Measured, reason: str, now: float) -> None:
         self._tried_from = self.wanted, before
         self._pause_s = 0.0
-        self._aim(lanes, reason, now)
+        self._aim(lanes, reason)
 
-    def _aim(self, lanes: int, reason: str, now: float) -> None:
+    def _aim(self, lanes: int, reason: str) -> None:
         self._target = max(self.range.least, min(self.range.most, lanes))
         self.reason = reason
-        self._coming_until = now + _COMING_S
+        self._apart_since = None
         if self._target > self.wanted:
             self.choose(self._target, reason)
 
     def _conclude(self, lanes: int, before: _Measured, after: _Measured, now: float) -> None:
         self._tried_from = None
         change = f"{lanes} to {self.wanted} streams changed {_mbit(before.rate)} to {_mbit(after.rate)} Mbit/s"
-        if after.rate >= (KEPT * before.rate if self.wanted < lanes else before.rate / KEPT):
+        self._best = max(self._best, before.rate)
+        if after.rate >= (KEPT * self._best if self.wanted < lanes else before.rate / KEPT):
             self._rate = after.rate
             self._hold_s = _HOLD_S
             self.reason = change
             return
         self._hold(now)
-        self._aim(lanes, change, now)
+        self._aim(lanes, change)
 
     def _hold(self, now: float) -> None:
         """Nothing more to try this way for now."""

@@ -213,6 +213,7 @@ class SessionCore:
         self._pacing: SessionPacing | None = None
         self._streams_range = streams
         self._may_pace = paced
+        self._is_alone = False  # it cannot be paced
         self._chunk_bound: int | None = None
         self._ended = threading.Event()
         self._end_callbacks: list[Callable[[], None]] = []
@@ -713,28 +714,40 @@ class SessionCore:
 
     def _pace_locked(self, worker: LaneWorker) -> None:
         """Have the session paced, from the first lane on that needs it."""
-        if self._pacing is not None or not self._may_pace:
+        if self._pacing is not None or self._is_alone:
             return
         name = worker.congestion.controller
-        if name is not None:
+        if name is not None and self._may_pace:
             try:
                 controller = self.congestion.make_controller(name)
             except AmstError as err:
-                _log.warning("%s: the session is not paced: %s", self.peer, err)
+                self._pace_not_locked(str(err))
                 return
             pacer: SessionPacer = ControllerPacer(controller, self._streams_range, polite=self.congestion.polite)
+        elif self.congestion.polite:
+            self._pace_not_locked(worker.congestion.reason)
+            return
         else:
             flow = worker.lane.flow_sample()
-            if self.congestion.polite:
-                _log.warning("%s: %s; it is polite with one stream", self.peer, worker.congestion.reason)
-                self._streams_range = Range(1, 1, 1)
-                self.background.later(lambda: self.want_streams(1))
-            near = flow is not None and flow.min_rtt_s < FAR_S
+            near = flow is not None and (flow.min_rtt_s < FAR_S or not self._may_pace)
             if flow is None or (near and self._streams_range.fixed):
                 return
             pacer = GuardPacer(self._streams_range, near=near)
         self._pacing = SessionPacing(self, pacer)
         self._pacing.start()
+
+    def _pace_not_locked(self, why: str) -> None:
+        """It cannot be paced; a polite session then has one lane, which is one flow by itself."""
+        self._is_alone = True
+        _log.warning("%s: the session is not paced: %s", self.peer, why)
+        if self.congestion.polite:
+            self.background.later(lambda: self.be_alone(why))
+
+    def be_alone(self, why: str) -> None:
+        """Have one lane from now on."""
+        _log.warning("%s: polite with one stream: %s", self.peer, why)
+        self.fix_streams(1)
+        self.want_streams(1)
 
     @property
     def streams_reason(self) -> str:
@@ -749,8 +762,8 @@ class SessionCore:
             if self._pacing is not None:
                 self._pacing.fix_streams(self._streams_range)
 
-    def bound_chunks(self, nbytes: int) -> None:
-        """Chunks are to be no longer than ``nbytes``, for what a lane has taken on cannot go by another."""
+    def bound_chunks(self, nbytes: int | None) -> None:
+        """Chunks are to be no longer than ``nbytes``, for what a lane has taken on cannot go by another; None: lift."""
         if nbytes != self._chunk_bound:
             with self.lock:
                 self._chunk_bound = nbytes

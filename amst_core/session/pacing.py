@@ -28,6 +28,14 @@ _UNSENT_S: Final = 0.1
 """So much time of what a lane sends may wait in it: what waits in one lane cannot go by another."""
 
 _LEAST_UNSENT: Final = 32 << 10
+_LEAST_CHUNK: Final = 64 << 10
+"""A block of a pipe is no shorter."""
+
+_QUIET_S: Final = 1.0
+"""After so long without anything under way a transfer that is open is no reason to look."""
+
+_AGAIN_S: Final = 1.0
+"""How often lanes are asked for, or sent away, that have not come or gone."""
 
 _TOLD_S: Final = 0.25
 """How often the state is logged, at debug level."""
@@ -41,6 +49,8 @@ class SessionPacing:
         self._pacer = pacer
         self._caps: dict[int, float | None] = {}
         self._unsent: dict[int, int] = {}
+        self._chunk: int | None = None
+        self._again_at = time.monotonic() + _AGAIN_S
         self._told_at = 0.0
         self._awake = threading.Event()
         self._ended = False
@@ -78,27 +88,36 @@ class SessionPacing:
             with self._core.lock:
                 workers = list(self._core.lanes.values())
             self._apply(dict.fromkeys(self._caps), workers)
+            self._core.bound_chunks(None)
+            if self._core.congestion.polite:
+                self._core.be_alone("its controller failed")
 
     def _pace(self) -> None:
         core, pacer = self._core, self._pacer
         patient_until = time.monotonic() + pacer.patience_s
+        quiet_since: float | None = None
         while not self._ended:
+            now = time.monotonic()
             with core.lock:
                 workers = list(core.lanes.values())  # those that leave as well: they send what they have taken on
                 live = len(core.live_lanes_locked())
                 busy = core.engine.sending > 0
-                idle = not core.engine.has_chunks
-            if not (busy and workers):
+                idle = not core.engine.has_chunks or core.engine.paced_until(now) is not None
+            samples = {worker.id: sample for worker in workers if (sample := worker.lane.flow_sample()) is not None}
+            if not idle or any(sample.in_flight or sample.unsent for sample in samples.values()):
+                quiet_since = None
+            elif quiet_since is None:
+                quiet_since = now
+            if not (busy and workers) or (quiet_since is not None and now - quiet_since > _QUIET_S):
+                pacer.rest()
                 self._apply(dict.fromkeys(self._caps), workers)  # what answers the peer is not held back
                 self._awake.wait(_REST_S)
                 self._awake.clear()
                 patient_until = time.monotonic() + pacer.patience_s
                 continue
-            if time.monotonic() < patient_until:
+            if now < patient_until:
                 time.sleep(pacer.tick_s)
                 continue
-            samples = {worker.id: sample for worker in workers if (sample := worker.lane.flow_sample()) is not None}
-            now = time.monotonic()
             pace = pacer.look(samples, live, now, idle=idle)
             if now >= self._told_at and _log.isEnabledFor(logging.DEBUG):
                 self._told_at = now + _TOLD_S
@@ -106,7 +125,7 @@ class SessionPacing:
             if pacer.bounds:
                 self._bound_unsent(samples, workers)
             self._apply(pace.caps, workers)
-            self._tell_streams(pace)
+            self._tell_streams(pace, live, now)
             time.sleep(pacer.tick_s)
 
     def _bound_unsent(self, samples: dict[int, FlowSample], workers: list[LaneWorker]) -> None:
@@ -116,14 +135,15 @@ class SessionPacing:
             sample = samples.get(worker.id)
             if sample is None:
                 continue
-            wanted = _power_of_two(int(sample.window / sample.rtt_s * _UNSENT_S))
-            unsent[worker.id] = wanted
-            if wanted != self._unsent.get(worker.id):
-                worker.lane.limit_unsent(wanted)
+            before = self._unsent.get(worker.id)
+            unsent[worker.id] = _bound(sample.window / sample.rtt_s * _UNSENT_S, before, _LEAST_UNSENT)
+            if unsent[worker.id] != before:
+                worker.lane.limit_unsent(unsent[worker.id])
         self._unsent = unsent
         bandwidth = self._pacer.flow.bandwidth
         if bandwidth and samples:
-            self._core.bound_chunks(_power_of_two(int(bandwidth / len(samples) * 2 * _UNSENT_S)))
+            self._chunk = _bound(bandwidth / len(samples) * 2 * _UNSENT_S, self._chunk, _LEAST_CHUNK)
+            self._core.bound_chunks(self._chunk)
 
     def _apply(self, caps: Mapping[int, float | None], workers: list[LaneWorker]) -> None:
         """Have each lane keep to its cap."""
@@ -143,14 +163,15 @@ class SessionPacing:
             in_force[worker.id] = cap
         self._caps = in_force
 
-    def _tell_streams(self, pace: Pace) -> None:
+    def _tell_streams(self, pace: Pace, live: int, now: float) -> None:
         """Have as many lanes as are wanted; say so when that changes."""
         tuner = self._pacer.tuner
         if (tuner.goal, tuner.reason) != self._told_streams:
             self._told_streams = tuner.goal, tuner.reason
             _log.info("%d streams to %s: %s", tuner.goal, self._core.peer, tuner.reason)
-        if pace.streams != self._streams:
+        if pace.streams != self._streams or (pace.streams != live and now >= self._again_at):
             self._streams = pace.streams
+            self._again_at = now + _AGAIN_S
             self._core.want_streams(pace.streams)
 
     def _told(self, pace: Pace, lanes: int) -> str:
@@ -165,6 +186,11 @@ class SessionPacing:
         )
 
 
-def _power_of_two(nbytes: int) -> int:
-    """The power of two not above ``nbytes``: a limit that follows a rate is not to be set anew all the time."""
-    return max(_LEAST_UNSENT, 1 << max(0, nbytes.bit_length() - 1))
+def _bound(wanted: float, before: int | None, least: int) -> int:
+    """The power of two not above ``wanted`` bytes; the one ``before`` as long as it is about that.
+
+    What follows a rate is not to be set anew at each look.
+    """
+    if before is not None and 0.75 * before <= wanted < 2.5 * before:
+        return before
+    return max(least, 1 << max(0, int(wanted).bit_length() - 1))

@@ -417,10 +417,11 @@ class Session:
         if not self._adjusting.acquire(blocking=False):
             return  # somebody says right now how many there are to be
         try:
+            with self.core.lock:
+                if self.core.engine.receiving and count < len(self.core.live_lanes_locked()):
+                    return  # the peer may need them for what it sends
             self._wish(count)
             with self.core.lock:
-                if self.core.engine.receiving:
-                    return  # the peer may need them for what it sends
                 for worker in self.core.live_lanes_locked()[count:]:
                     worker.leave_locked()
         except AmstError as err:

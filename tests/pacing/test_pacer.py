@@ -224,7 +224,7 @@ def test_on_a_near_path_nobody_is_held_back_and_looks_are_rare(tells: Tells) -> 
     looked = Looked(tells, pacer)
     looked.in_flight, looked.rtt_s = 50 * BDP, 0.0002
     assert all(map(free, looked.run(10)))
-    assert 4 * TICK_S < pacer.tick_s < GuardPacer(Range(1, 1, 1), near=True).tick_s
+    assert pacer.tick_s > 4 * TICK_S
     assert pacer.patience_s > 0
     assert not pacer.bounds
 

@@ -232,7 +232,7 @@ def test_one_that_cannot_be_paced_is_polite_with_one_stream(
     near = net.connect(net.server(plugins=plugins), plugins=plugins, polite=True, streams=4, wait=False)
     net.wait_until(lambda: len(near.core.lanes) == 1, "the others to go")
     net.stays(lambda: len(near.core.lanes) == 1, "one stream")
-    assert "this system does not pace; it is polite with one stream" in caplog.text
+    assert "polite with one stream: cubic, for the session is to be polite; this system does not pace" in caplog.text
 
 
 # ---- how many streams --------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from amst_core.errors import (
     DeadlineError,
     UsageError,
 )
-from amst_core.session import core as session_core
 from amst_core.session import ordered
+from amst_core.units import MIN_RATE
 
 pytestmark = pytest.mark.needs_transport
 
@@ -635,7 +635,7 @@ def test_a_forked_child_leaves_the_parents_pipes_alone(net: Any) -> None:
 
 def test_rates_hold_for_pipes(net: Any, spawn: Any) -> None:
     pair = net.pair()
-    assert session_core.MIN_RATE <= 2_000_000
+    assert MIN_RATE <= 2_000_000
     pair.near.limit_rate(2_000_000)
     began = time.monotonic()
     reading = spawn(lambda: read_all(accept(pair.far)))
