@@ -183,7 +183,8 @@ KEYS: Final = (
         help="The number of streams follows the path, from that which the mode starts with and within what it allows."),
     Key("transport.amst.pacing_enabled", Kind.FLAG, True, example="false",
         help="Sessions are paced as a whole: by a congestion control in user space where the kernel has none that is"
-             " asked for, and where their streams make a queue. When false each stream has what its kernel does."),
+             " asked for, and where their streams make a queue. When false each stream has what its kernel does,"
+             " and only their number follows the path."),
     Key("transport.amst.pacing_rate", Kind.RATE, 0.0, high=125e9, example="100Mbit/s",
         help="Most payload per second that a session sends over all its streams; 0 for no limit. `--bwlimit` takes its"
              " place."),
@@ -203,7 +204,8 @@ KEYS: Final = (
              " `transport.modes.datacenter_streams` is."),
     Key("congestion.algorithm", Kind.NAME, AUTO, words=(AUTO,), example="bbr",
         help="Congestion control of each stream; auto takes it from the path: cubic below a round trip of 10 ms, else"
-             " bbr. What the system refuses falls back to cubic, then to its own, and says so."),
+             " bbr. What the system refuses is done in user space (congestion.backend), else by cubic, then by its"
+             " own, and says so."),
     Key("congestion.backend", Kind.WORD, Backend.AUTO.value, words=tuple(backend.value for backend in Backend),
         example="userspace",
         help="Who runs it: the kernel, or user space, which paces all streams of a session together and takes as many"
