@@ -60,16 +60,25 @@ def test_every_stream_must_run_what_is_measured(other: tuple[str, str]) -> None:
 
 def test_what_iperf3_says_is_read_and_checked() -> None:
     text = json.dumps(iperf_told())
-    assert parse_iperf(text, "bbr") == Run(93.2, 12.1, 140_965_000, ("bbr",), 2)
+    assert parse_iperf(text, "bbr", Load(seconds=12)) == Run(93.2, 12.1, 140_965_000, ("bbr",), 2)
     with pytest.raises(RunError, match="asked for cubic, iperf3 had bbr"):
-        parse_iperf(text, "cubic")
+        parse_iperf(text, "cubic", Load(seconds=12))
 
 
 def intervals(*mbits: float) -> list[dict[str, Any]]:
     """Of a second each."""
     return [
-        {"sum": {"start": float(at), "end": at + 1.0, "bytes": rate * 125_000}} for at, rate in enumerate(mbits)
+        {"sum": {"start": float(at), "end": at + 1.0, "bytes": int(rate * 125_000)}} for at, rate in enumerate(mbits)
     ]
+
+
+def test_a_size_has_been_sent_by_iperf3_when_it_has_arrived() -> None:
+    told = iperf_told(server_output_json={"intervals": intervals(10, 90, 90, 90)})
+    size = 145 * 125_000  # 10, 90, and half of 90
+    run = parse_iperf(json.dumps(told), "bbr", Load(size=size))
+    assert (run.seconds, run.mbits, run.bytes) == (pytest.approx(2.5), pytest.approx(145 / 2.5), size)
+    with pytest.raises(RunError, match="received 35000000 of 35000001 bytes"):
+        parse_iperf(json.dumps(told), "bbr", Load(size=280 * 125_000 + 1))
 
 
 def test_the_other_flow_is_looked_at_while_both_send() -> None:

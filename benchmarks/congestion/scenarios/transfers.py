@@ -26,6 +26,7 @@ USERSPACE: Final = {"AMST_CONGESTION__BACKEND": "userspace", "AMST_CONGESTION__B
 
 _ESTABLISHED: Final = "01"  # as /proc/net/tcp writes it
 _LOOK_S: Final = 0.1
+_IN_BUFFERS: Final = 32 << 20
 _START_LIMIT_S: Final = 30.0
 _LIMIT_S: Final = 300.0
 
@@ -122,10 +123,13 @@ class Iperf:
 
     def send(self, lab: Lab, load: Load) -> Run:
         here, far = lab.hosts
-        amount = ["-n", str(load.size)] if load.size is not None else ["-t", f"{load.seconds:g}"]
-        with serving(far, self.port, ["iperf3", "-s", "-1", "-p", str(self.port)]):
-            argv = ["iperf3", "-J", "-C", self._congestion, "-P", str(self._streams), "-p", str(self.port), *amount]
-            return parse_iperf(client(here, [*argv, "-c", far.address]), self._congestion)
+        if load.size is None:
+            more = ["-t", f"{load.seconds:g}"]
+        else:  # it ends when the last byte is in a buffer, not when it has arrived: send more, and see when it has
+            more = ["-n", str(2 * load.size + _IN_BUFFERS), "-i", "0.1", "--get-server-output"]
+        with serving(far, self.port, ["iperf3", "-s", "-1", "-J", "-i", "0.1", "-p", str(self.port)]):
+            argv = ["iperf3", "-J", "-C", self._congestion, "-P", str(self._streams), "-p", str(self.port), *more]
+            return parse_iperf(client(here, [*argv, "-c", far.address]), self._congestion, load)
 
 
 PEERS: Final[Sequence[Iperf]] = [Iperf(name, streams) for name in ("cubic", "bbr") for streams in (1, 8)]
@@ -193,18 +197,36 @@ def parse_amst(text: str, load: Load, expects: tuple[str, str] | None = None) ->
     return Run(told["throughput_bytes_per_s"] * 8e-6, told["seconds"], told["bytes"], names, len(told["lanes"]))
 
 
-def parse_iperf(text: str, congestion: str) -> Run:
-    """What `iperf3 -J` printed, at the receiver.
+def parse_iperf(text: str, congestion: str, load: Load) -> Run:
+    """What `iperf3 -J` printed, at the receiver; of a size, until so many bytes had arrived.
 
     Raises:
-        RunError: another congestion control ran.
+        RunError: another congestion control ran, or less arrived.
     """
     told = json.loads(text)
     end = told["end"]
     if end["sender_tcp_congestion"] != congestion:
         raise RunError(f"asked for {congestion}, iperf3 had {end['sender_tcp_congestion']}")
     got = end["sum_received"]
-    return Run(got["bits_per_second"] / 1e6, got["seconds"], got["bytes"], (congestion,), len(end["streams"]))
+    streams = len(end["streams"])
+    if load.size is None:
+        return Run(got["bits_per_second"] / 1e6, got["seconds"], got["bytes"], (congestion,), streams)
+    seconds = arrival(told["server_output_json"]["intervals"], load.size)
+    return Run(load.size * 8e-6 / seconds, seconds, load.size, (congestion,), streams)
+
+
+def arrival(intervals: Sequence[Mapping[str, Any]], size: int) -> float:
+    """After how many seconds the receiver had ``size`` bytes.
+
+    Raises:
+        RunError: it never had.
+    """
+    total = 0
+    for part in (interval["sum"] for interval in intervals):
+        if part["bytes"] and total + part["bytes"] >= size:
+            return float(part["start"] + (size - total) / part["bytes"] * (part["end"] - part["start"]))
+        total += part["bytes"]
+    raise RunError(f"iperf3 received {total} of {size} bytes")
 
 
 # ---- beside it --------------------------------------------------------------------------------
