@@ -40,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subcommands = parser.add_subparsers(dest="what", required=True)
     for name, (act, seconds) in SUBCOMMANDS.items():
-        text = (act.__doc__ or "").strip().replace("%", "%%")
-        sub = subcommands.add_parser(name, help=text.partition("\n")[0], description=text)
+        text = (act.__doc__ or "").strip()
+        sub = subcommands.add_parser(name, help=text.partition("\n")[0].replace("%", "%%"), description=text)
         sub.add_argument("--seconds", type=float, help=f"how long each transfer is (default: {seconds:g})")
         sub.add_argument("--seeds", type=int, metavar="N", help="runs, with the seeds 1 to N (default: 3)")
         sub.add_argument("--cells", nargs="+", default=[], metavar="PATTERN", help="these rows, as a shell's patterns")
