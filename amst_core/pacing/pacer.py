@@ -35,6 +35,7 @@ _SEGMENT: Final = 1400
 _FULL_PATH: Final = 1.15
 _LOSSES: Final = 3  # segments; fewer may be the last of a queue that overflowed long ago
 _SHORT_QUEUE: Final = 0.1  # of the shortest round trip
+_LONG_QUEUE: Final = 1.5  # shortest round trips
 _LEAST_WAIT_S: Final = 0.002
 _FULL_GROWTH: Final = 1.25
 _FULL_ROUNDS: Final = 3
@@ -123,9 +124,12 @@ class ControllerPacer(SessionPacer):
             return Pace(self.caps(lanes, total), total, streams)
         if not flow.bandwidth:
             return Pace(dict.fromkeys(lanes), None, streams)
+        lossy = self._is_lossy(now)
         drains = self.guard.look(flow, now) and mode == "probe_bw"
+        if lossy and flow.rtt_s < _LONG_QUEUE * flow.min_rtt_s:
+            drains = False  # each loss leaves some of the path idle, and a short queue makes up for it
         total = min(self._allowed(), DRAIN_GAIN * flow.bandwidth) if drains else self._allowed()
-        if not drains and self._loses_without_queue(now):
+        if lossy and not drains and self._has_no_queue():
             total = max(total, PROBE * flow.bandwidth)
         if flow.capacity < FREE * min(flow.bandwidth, total / DRAIN_GAIN) and not drains:
             return Pace(dict.fromkeys(lanes), total, streams)
@@ -137,14 +141,17 @@ class ControllerPacer(SessionPacer):
         rate = self._controller.pacing_rate
         return allowed if rate is None else min(allowed, rate)
 
-    def _loses_without_queue(self, now: float) -> bool:
-        """What is lost is lost at random: holding the lanes back would not help, and cost what they have left."""
+    def _is_lossy(self, now: float) -> bool:
+        """More has been lost lately than what a queue that overflowed leaves behind."""
         flow, losses = self.flow, self._losses
         losses.append((now, flow.lost))
         while losses[0][0] < now - max(_LOSSY_S, _LOSSY_ROUNDS * flow.min_rtt_s):
             losses.popleft()
-        if flow.lost - losses[0][1] < _LOSSES * _SEGMENT:
-            return False
+        return flow.lost - losses[0][1] >= _LOSSES * _SEGMENT
+
+    def _has_no_queue(self) -> bool:
+        """What is lost is lost at random: holding the lanes back would not help, and cost what they have left."""
+        flow = self.flow
         waits_s = flow.rtt_s - flow.min_rtt_s
         return waits_s < max(_SHORT_QUEUE * flow.min_rtt_s, _LEAST_WAIT_S) and flow.in_flight < _FULL_PATH * flow.bdp
 
