@@ -258,11 +258,11 @@ def test_three_damaged_lanes_end_the_session_with_an_integrity_error(
 ) -> None:
     wrap_lanes(near=damage(4, *FLIPS["payload"], after=0)[1])
     pair = net.pair(streams=8, plaintext=plaintext)
-    receiving = spawn(lambda: [pair.far.recv(timeout=20) for _ in range(50)])
+    receiving = spawn(lambda: [pair.far.recv(timeout=60) for _ in range(50)])
     errors: list[AmstError] = []
     for _ in range(50):
         try:
-            pair.near.send(payload).wait(20)
+            pair.near.send(payload).wait(60)
         except AmstError as err:
             errors.append(err)
             break
