@@ -45,8 +45,8 @@ class Kind(enum.StrEnum):
     COUNT = "integer"
     KIB = "integer (KiB)"
     SIZE = "size"
-    DURATION = "duration"
     RATE = "rate"
+    DURATION = "duration"
     FLAG = "true or false"
     WORD = "word"
     NAME = "name"
@@ -54,9 +54,10 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One setting. ``default``, ``low`` and ``high`` (inclusive) are in bytes, seconds or plain numbers.
+    """One setting. ``default``, ``low`` and ``high`` (inclusive) are in bytes, bytes/s, seconds or plain numbers.
 
-    A word has ``words`` to choose from instead of bounds; a name is one of them, or that of a plugin.
+    One with ``off`` also takes 0, which is none. A word has ``words`` to choose from instead of bounds; a name is one
+    of them, or that of a plugin.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Key:
     low: int | float = False
     high: int | float = True
     words: tuple[str, ...] = ()
+    off: bool = False
 
     @property
     def section(self) -> str:
@@ -86,9 +88,8 @@ class Key:
         if self.kind in (Kind.WORD, Kind.NAME):
             return self.bounds
         unit = " KiB" if self.kind is Kind.KIB else ""
-        if self.kind is Kind.RATE:
-            return f"0, or a rate from {format_rate(MIN_RATE)} to {self.show(self.high)}, such as {self.example}"
-        what = {Kind.SIZE: "a size", Kind.DURATION: "a duration"}.get(self.kind, "an integer")
+        whats = {Kind.SIZE: "a size", Kind.RATE: "a rate", Kind.DURATION: "a duration"}
+        what = whats.get(self.kind, "an integer")
         return f"{what} from {self.bounds}{unit}, such as {self.example}"
 
     @property
@@ -100,7 +101,7 @@ class Key:
             return ", ".join(self.words[:-1]) + " or " + self.words[-1]
         if self.kind is Kind.NAME:
             return ", ".join(self.words) + " or the name of a plugin"
-        return f"{self.show(self.low)} to {self.show(self.high)}"
+        return f"{self.show(self.low)} to {self.show(self.high)}{', or 0' if self.off else ''}"
 
     def parse(self, value: object) -> Value:
         """Read a value from a file, a variable or an argument into this key's natural unit.
@@ -112,7 +113,7 @@ class Key:
             read = self._read(value)
         except UsageError:
             read = None
-        if read is None or not (isinstance(read, str) or self.low <= read <= self.high):
+        if read is None or not (isinstance(read, str) or self.low <= read <= self.high or (self.off and read == 0)):
             raise UsageError(f"must be {self.allowed}")
         return read
 
@@ -124,10 +125,11 @@ class Key:
             return value
         if self.kind is Kind.SIZE:
             return format_size(int(value))
+        if self.kind is Kind.RATE:
+            decimal = format_rate(value)
+            return decimal if parse_rate(decimal) == value else f"{format_size(int(value))}/s"
         if self.kind is Kind.DURATION:
             return format_duration(value)
-        if self.kind is Kind.RATE:
-            return format_rate(value)
         return str(int(value) // _KIB if self.kind is Kind.KIB else value)
 
     def _read(self, value: object) -> Value | None:
@@ -146,8 +148,7 @@ class Key:
         if self.kind is Kind.DURATION:
             return parse_duration(value)
         if self.kind is Kind.RATE:
-            rate = parse_rate(value)
-            return rate if not rate or rate >= MIN_RATE else None
+            return parse_rate(value)
         if isinstance(value, float):
             return None
         if self.kind is Kind.SIZE:
@@ -185,9 +186,9 @@ KEYS: Final = (
         help="Sessions are paced as a whole: by a congestion control in user space where the kernel has none that is"
              " asked for, and where their streams make a queue. When false each stream has what its kernel does,"
              " and only their number follows the path."),
-    Key("transport.amst.pacing_rate", Kind.RATE, 0.0, high=125e9, example="100Mbit/s",
+    Key("transport.amst.pacing_rate", Kind.RATE, 0.0, low=MIN_RATE, high=125e9, example="100Mbit/s", off=True,
         help="Most payload per second that a session sends over all its streams; 0 for no limit. `--bwlimit` takes its"
-             " place."),
+             " place, also with 0."),
     Key("transport.amst.connect_timeout", Kind.DURATION, 30.0, low=1.0, high=5 * _MINUTE_S, example="10s",
         help="How long opening a session or a stream may take."),
     Key("transport.amst.read_timeout", Kind.DURATION, 60.0, low=1.0, high=_HOUR_S, example="60s",

@@ -7,14 +7,15 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from amst_core.congestion import FlowAccount
+from amst_core.congestion import FAR_S, FlowAccount
 from amst_core.errors import UnavailableError
 from amst_core.hookspecs import hookimpl
-from amst_core.interfaces import CongestionController
+from amst_core.interfaces import CongestionController, FlowSample
 from amst_core.pacing import Range
 from amst_core.plugins import Plugins
 
@@ -292,6 +293,29 @@ def test_nothing_is_paced_where_the_settings_say_so(net: Any) -> None:
     )
     assert {backend for backend, _ in in_force(near)} <= {"kernel"}
     assert near.core._pacing is None
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_nobody_looks_for_a_queue_where_the_settings_say_so(
+    net: Any, monkeypatch: pytest.MonkeyPatch, paced: bool
+) -> None:
+    """A far path is guarded by default, also with as many streams as were asked for."""
+    from amst_tcp.lane import TcpLane
+
+    told = TcpLane.flow_sample
+
+    def far_away(lane: TcpLane) -> FlowSample | None:
+        sample = told(lane)
+        return None if sample is None else replace(sample, rtt_s=2 * FAR_S, min_rtt_s=2 * FAR_S)
+
+    monkeypatch.setattr(TcpLane, "flow_sample", far_away)
+    server = net.server(transport__amst__pacing_enabled=paced)
+    near = net.connect(server, transport__amst__pacing_enabled=paced)
+    far = server.accept(5)
+    net.wait_until(lambda: len(far.core.lanes) == 2, "both streams")
+    for session in (near, far):
+        assert (session.core._pacing is not None) == paced
+        assert in_force(session) == {("kernel", None)}
 
 
 def test_a_rate_that_is_set_holds_for_what_either_side_sends(net: Any) -> None:

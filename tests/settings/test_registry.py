@@ -67,6 +67,27 @@ def test_a_key_refuses_what_is_just_outside_its_bounds(key: Key) -> None:
             key.parse(written)
 
 
+@pytest.mark.parametrize(
+    ("written", "rate", "shown"),
+    [
+        ("100Mbit/s", 12_500_000.0, "12.5MB/s"), ("16KiB/s", 16384.0, "16KiB/s"), (1 << 20, 1048576.0, "1MiB/s"),
+        ("0", 0.0, "0B/s"), (0, 0.0, "0B/s"),
+    ],
+)  # fmt: skip
+def test_a_rate_is_bytes_per_second_and_0_is_none(written: object, rate: float, shown: str) -> None:
+    key = BY_NAME["transport.amst.pacing_rate"]
+    read = key.parse(written)
+    assert (read, type(read)) == (rate, float)
+    assert key.parse(key.show(read)) == rate
+    assert key.show(read) == shown
+
+
+def test_what_is_too_slow_a_rate_is_told_what_may_be_said() -> None:
+    for written in ("16383", "1", "-1", True):
+        with pytest.raises(UsageError, match="must be a rate from 16KiB/s to 125GB/s, or 0, such as 100Mbit/s"):
+            BY_NAME["transport.amst.pacing_rate"].parse(written)
+
+
 @pytest.mark.parametrize("bad", ["", "sometimes", "nevermore", True, 1, 1.5, None, ["end"], b"end"])
 def test_a_word_is_one_of_those_listed(bad: object) -> None:
     key = BY_NAME["files.fsync"]
