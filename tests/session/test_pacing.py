@@ -231,7 +231,7 @@ def test_one_that_cannot_be_paced_is_polite_with_one_stream(
     caplog.set_level(logging.WARNING, "amst.session")
     plugins = offering(cubic="cubic")
     near = net.connect(net.server(plugins=plugins), plugins=plugins, polite=True, streams=4, wait=False)
-    net.wait_until(lambda: len(near.core.lanes) == 1, "the others to go")
+    net.wait_until(lambda: not near.core.coming and len(near.core.lanes) == 1, "the others to come and to go")
     net.stays(lambda: len(near.core.lanes) == 1, "one stream")
     assert "polite with one stream: cubic, for the session is to be polite; this system does not pace" in caplog.text
 
