@@ -703,8 +703,9 @@ class SessionCore:
             self.engine.lane_joined(worker.id)
             self.doom = None
             self.coming -= self.is_opener
-            if self.most_wanted is not None and len(self.live_lanes_locked()) > self.most_wanted:
-                worker.leave_locked()  # it was asked for before fewer were wanted
+            if self.most_wanted is not None:  # it may have been asked for before fewer were wanted
+                for newest in self.live_lanes_locked()[self.most_wanted :]:
+                    newest.leave_locked()  # not who came last: that may be another one on the other side
             self._fit_chunks_locked()
             self._pace_locked(worker)
             self.kick_locked()

@@ -259,6 +259,31 @@ def test_streams_come_and_go_as_the_path_needs_them(net: Any) -> None:
     assert len(pair.far.recv(timeout=20)) == 1 << 20
 
 
+def test_both_sides_keep_the_same_streams_in_whatever_order_they_come(net: Any, wrap_lanes: Any) -> None:
+    """Else each lets those go that the other keeps, and none is left."""
+    came, may_join = threading.Event(), threading.Event()
+    pair = net.pair(streams=2)
+
+    def hold(lane: Any) -> Any:
+        if not came.is_set():
+            came.set()
+            may_join.wait(20)
+        return lane
+
+    wrap_lanes(near=hold)
+    core = pair.near.core
+    core.want_streams(3)
+    assert came.wait(20)
+    core.want_streams(4)
+    net.wait_until(lambda: len(core.lanes) == 3, "the second one, before the first")
+    newest = max(core.lanes)
+    core.want_streams(3)
+    may_join.set()
+    net.wait_until(lambda: core.total_lanes == 4 and len(core.lanes) == 3, "the first one to come, and one to go")
+    assert newest not in core.lanes
+    net.wait_until(lambda: set(pair.far.core.lanes) == set(core.lanes), "the server to have the same")
+
+
 def test_none_goes_that_the_peer_sends_over(net: Any) -> None:
     payload = bytes(8 << 20)
     pair = net.pair(streams=3)
