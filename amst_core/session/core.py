@@ -1145,7 +1145,9 @@ class SessionCore:
         # sources and sinks go when no lane touches them any more
         self.background.later(lambda: self._release(lanes, outgoing, sinks, error))
 
-    def _release(self, lanes: list[LaneWorker], outgoing: list[_Outgoing], sinks: list[Sink], error: AmstError) -> None:
+    def _release(
+        self, lanes: list[LaneWorker], outgoing: list[_Outgoing], sinks: list[Sink], error: AmstError
+    ) -> None:
         for worker in lanes:
             worker.join()
         for sink in sinks:

@@ -341,13 +341,3 @@ def test_nobody_looks_for_a_queue_where_the_settings_say_so(
     for session in (near, far):
         assert (session.core._pacing is not None) == paced
         assert in_force(session) == {("kernel", None)}
-
-
-def test_a_rate_that_is_set_holds_for_what_either_side_sends(net: Any) -> None:
-    pair = net.pair(streams=3, server={"transport__amst__pacing_rate": "32Mbit/s"}, client={})
-    assert pair.far.core.engine._bucket.rate == 4_000_000
-    assert pair.near.core.engine._bucket is None
-    near = net.connect(pair.server, transport__amst__pacing_rate="1MB/s")
-    assert near.core.engine._bucket.rate == 1_000_000
-    near.limit_rate(None)
-    assert near.core.engine._bucket is None
