@@ -7,6 +7,7 @@ prints, what travels in RESULT and CLOSE messages, and what the command line map
 from __future__ import annotations
 
 import errno
+import traceback
 from typing import ClassVar
 
 
@@ -181,6 +182,23 @@ def printable(text: str) -> str:
 
 _NOT_FOUND = frozenset({errno.ENOENT})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ETXTBSY})
+
+
+def release_frames(error: BaseException) -> None:
+    """Drop the local variables of every frame that ``error`` and what it came from went through.
+
+    An error that is kept (as the last one of a stream) keeps its traceback, and that the buffers in use when it was
+    raised: of a message of gigabytes, until the next error. The traceback still tells where it was.
+    """
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        traceback.clear_frames(one.__traceback__)
+        left += (one.__cause__, one.__context__)
 
 
 def error_from_os(err: OSError, what: str, *, path: str | None = None) -> AmstError:

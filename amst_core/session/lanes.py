@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..engine import Chunk, Placement, Verdict
-from ..errors import AmstError, BrokenError, ProtocolError
+from ..errors import AmstError, BrokenError, ProtocolError, release_frames
 from ..files.source import Descriptor
 from ..interfaces import CongestionInForce, FileSpan, Lane
 from ..security.seal import BareSealer, FrameOpener, FrameSealer, Protection
@@ -114,6 +114,7 @@ class LaneWorker:
         except Exception as err:
             _log.exception("stream %d to %s: unexpected error", self.id, self._core.peer)
             error = BrokenError(f"unexpected error, please report it: {err!r}")
+        release_frames(error)
         error.stream = self.id
         self._core.lane_ended(self, error)
 

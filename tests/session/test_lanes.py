@@ -253,6 +253,21 @@ def test_damage_in_a_file_never_reaches_the_disk(
 
 
 @pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
+def test_a_damaged_lane_keeps_no_memory_of_what_it_carried(
+    net: Any, wrap_lanes: Any, payload: bytes, plaintext: bool
+) -> None:
+    """Its error is kept as the last one; the message's memory, which was in use when it was raised, is not."""
+    wrap_lanes(near=damage(1, *FLIPS["payload"], after=0)[1])
+    pair = net.pair(streams=2, plaintext=plaintext)
+    ticket = pair.near.send(payload)
+    assert pair.far.recv(timeout=20) == payload  # and dropped
+    ticket.wait(20)
+    net.wait_until(lambda: pair.far.metrics().lane_failures == 1, "the lane to be dropped")
+    assert pair.far.metrics().last_error
+    net.wait_until(lambda: pair.far.core.inbox.charged == 0, "the memory to be given back")
+
+
+@pytest.mark.parametrize("plaintext", [False, True], ids=["encrypted", "plaintext"])
 def test_three_damaged_lanes_end_the_session_with_an_integrity_error(
     net: Any, spawn: Any, wrap_lanes: Any, payload: bytes, plaintext: bool
 ) -> None:
