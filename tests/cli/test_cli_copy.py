@@ -537,7 +537,7 @@ def test_elsewhere_there_are_lines_now_and_then(amst, server):
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT_S) == 130
     assert re.fullmatch(
-        r"amst: [0-9]+ %, [0-9.]+ [KMG]iB of 64\.0 GiB, [0-9.]+ [KMG]iB/s, ETA [0-9:]+, 16 tcp streams\n", line
+        r"amst: [0-9]+ %, [0-9.]+ [KMG]iB of 64\.0 GiB, [0-9.]+ [KMG]iB/s, ETA [0-9:]+, [0-9]+ tcp streams?\n", line
     )
 
 

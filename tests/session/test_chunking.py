@@ -161,6 +161,7 @@ def test_chunks_times_streams_stay_inside_the_scratch_memory(net: Any) -> None:
         assert core.engine.chunk_size * 8 <= core.send_pool.limit
 
 
+@pytest.mark.needs_transport
 def test_the_reason_for_shorter_chunks_is_told(net: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "amst.session")
     core = net.pair(streams=2).near.core

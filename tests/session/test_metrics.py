@@ -49,7 +49,7 @@ def test_the_numbers_while_traffic_moves(net: Any, spawn: Any, plaintext: bool) 
     assert before.last_health_check is None and before.last_error is None
     started = time.monotonic()
     traffic = Traffic(pair, spawn)
-    net.wait_until(lambda: traffic.bytes >= 40 * MIB, "traffic")
+    net.wait_until(lambda: pair.near.metrics().bytes_sent >= 40 * MIB, "traffic")
     during, elapsed = pair.near.metrics(), time.monotonic() - started
     far = pair.far.metrics()
     traffic.stop()
