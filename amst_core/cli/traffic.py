@@ -33,10 +33,12 @@ _MAX_SECONDS: Final = 86400.0
 _ANSWER_TIMEOUT_S: Final = 20.0
 
 _NEAR_S: Final = 0.005
-_LONG_S: Final = 2.0
-_LEAST_AHEAD: Final = 4 << 20
-_AT_ONCE: Final = 4
-_AT_ONCE_FAR: Final = 16  # the peer has memory for whole messages only, and one may hang on a slow stream
+_NEAR_AT_ONCE: Final = 4
+_BEGIN_AHEAD: Final = 32 << 20
+_ROUNDS: Final = 4  # a window that doubles in the next round trip holds twice that before its first half has arrived
+_LEAST_MESSAGE: Final = 256 << 10
+_PER_ROUND: Final = 8  # messages that arrive in a round trip: the peer has memory for whole ones only
+_MOST_AT_ONCE: Final = 128
 _LOOK_S: Final = 0.02
 
 _log = logging.getLogger("amst.bench")
@@ -174,11 +176,15 @@ def _parse_load(request: Mapping[str, Any]) -> Load:
 
 
 def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], None] | None = None) -> None:
-    """Send what ``load`` says and wait until all of it is acknowledged; then an empty message."""
+    """Send what ``load`` says and wait until all of it is acknowledged; then an empty message.
+
+    When the time is up, what has been offered and not begun is taken back.
+    """
     payload = memoryview(os.urandom(load.message))
     ahead = _Ahead(load, session)
     waiting: deque[Ticket] = deque()
     offered = 0
+    sent_before = session.metrics().bytes_sent
     began = time.monotonic()
 
     def settle() -> None:
@@ -191,18 +197,21 @@ def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], N
     while load.size is None or offered < load.size:
         now = time.monotonic()
         if load.seconds is not None and now - began >= load.seconds:
+            tally.bytes += _take_back(session, waiting, offered, sent_before)
             break
         length = ahead.message if load.size is None else min(ahead.message, load.size - offered)
         waiting.append(session.send(payload[:length], channel=DATA, borrow=True))
         offered += length
         # what is missing of the oldest may hang on one slow stream, and the others are not to wait for that
-        while offered - tally.bytes - sum(ticket.acknowledged for ticket in waiting) >= ahead.size:
+        while offered - (arrived := tally.bytes + sum(ticket.acknowledged for ticket in waiting)) >= ahead.size:
+            if load.seconds is not None and time.monotonic() - began >= load.seconds:
+                break
             if waiting[0].done or offered - tally.bytes >= ahead.most:
                 settle()
             else:
                 with contextlib.suppress(DeadlineError):
                     waiting[0].wait(_LOOK_S)
-                ahead.look(starved=session.starved)
+                ahead.look(arrived, starved=session.starved)
         while waiting and waiting[0].done:
             settle()
     while waiting:
@@ -211,39 +220,51 @@ def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], N
     session.send(b"", channel=DATA).wait()
 
 
+def _take_back(session: Session, waiting: deque[Ticket], offered: int, sent_before: int) -> int:
+    """Cancel those of ``waiting``, the newest, that no stream is near; bytes of what arrived all the same."""
+    metrics = session.metrics()
+    begun = metrics.bytes_sent - sent_before + 2 * sum(stream.chunk_size for stream in metrics.streams)
+    cancelled: list[Ticket] = []
+    while waiting and offered - waiting[-1].size >= begun:
+        ticket = waiting.pop()
+        ticket.cancel()
+        offered -= ticket.size
+        cancelled.append(ticket)
+    return sum(ticket.size for ticket in cancelled if ticket.done and ticket.error is None)
+
+
 class _Ahead:
     """How much is offered before it has arrived: what keeps the streams busy, and little more.
 
-    All that ``load`` allows could take long after the time is up on a slow path. So where the round trip is long it
-    begins with little, grows when the streams have nothing left, and shrinks when that has not been so for a while.
+    It grows with what arrives in a round trip, for the next one may carry twice as much, and when the streams have
+    nothing left. On a short path it is all that ``load`` allows.
     """
 
     def __init__(self, load: Load, session: Session) -> None:
         rtt_s = session.metrics().average_latency_s or 0.0
         near = rtt_s < _NEAR_S
         self.most = load.message * load.window
-        self._least = self.most if near else min(self.most, _LEAST_AHEAD)
+        self.size = self.most if near else min(self.most, _BEGIN_AHEAD)
         self._largest = load.message
-        self._at_once = min(_AT_ONCE, load.window) if near else _AT_ONCE_FAR
-        self._pause_s = max(rtt_s, _LOOK_S)  # until what was offered more can have been taken
-        self._changed_at = time.monotonic()
-        self.size = self._least
+        self._message = self.most // min(_NEAR_AT_ONCE, load.window) if near else _LEAST_MESSAGE
+        self._round_s = max(rtt_s, _LOOK_S)
+        self._round_began = time.monotonic()
+        self._arrived = 0
 
     @property
     def message(self) -> int:
-        """Bytes of the next message: a few of them are ahead at once."""
-        return min(self._largest, max(1, self.size // self._at_once))
+        """Bytes of the next message."""
+        return min(self._largest, max(1, self._message, self.size // _MOST_AT_ONCE))
 
-    def look(self, *, starved: bool) -> None:
-        """As much as `size` is ahead; ``starved``: the streams could take more."""
+    def look(self, arrived: int, *, starved: bool) -> None:
+        """As much as `size` is ahead of the bytes that have ``arrived``; ``starved``: the streams could take more."""
         now = time.monotonic()
-        if starved and now - self._changed_at >= self._pause_s:
-            self.size = min(self.most, 2 * self.size)
-        elif now - self._changed_at >= _LONG_S:
-            self.size = max(self._least, self.size - self.size // 8)
-        else:
+        if now - self._round_began < self._round_s:
             return
-        self._changed_at = now
+        in_round = arrived - self._arrived
+        self._round_began, self._arrived = now, arrived
+        self._message = max(self._message, in_round // _PER_ROUND)
+        self.size = min(self.most, max(self.size, _ROUNDS * in_round, 2 * self.size if starved else 0))
 
 
 def drain(session: Session, tally: Tally, *, progress: Callable[[], None] | None = None) -> None:
