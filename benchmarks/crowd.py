@@ -84,12 +84,13 @@ def measure(address: str, state: str, rate: float, seconds: float) -> float:
         tickets = []
         began = time.monotonic()
         for number in range(round(rate * seconds / MESSAGE)):
-            tickets.append(session.send(payload, channel=traffic.DATA))
+            tickets.append(session.send(payload, channel=traffic.DATA[0]))
             time.sleep(max(0.0, began + (number + 1) * MESSAGE / rate - time.monotonic()))
         for ticket in tickets:
             ticket.wait()
         achieved = len(tickets) * MESSAGE / (time.monotonic() - began)
-        session.send(b"", channel=traffic.DATA).wait()
+        for channel in traffic.DATA:
+            session.send(b"", channel=channel).wait()
     return achieved
 
 

@@ -1,13 +1,14 @@
 """What `amst bench` moves: messages over a session, sent by either side. Uses the public API only.
 
-The client asks on one channel, as JSON: ``{"send": false}``, then sends messages on the other until an empty
-one; or ``{"send": true, "size": BYTES | null, "seconds": S | null, "message": BYTES, "window": N}``, then receives
+The client asks on one channel, as JSON: ``{"send": false}``, then sends messages on the others until an empty one on
+each; or ``{"send": true, "size": BYTES | null, "seconds": S | null, "message": BYTES, "window": N}``, then receives
 them. The server answers ``{"ready": true}`` before, and after having sent ``{"bytes": B, "seconds": S}``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -23,7 +24,9 @@ from ..errors import AmstError, BrokenError, ClosedError, ConnectError, Deadline
 if TYPE_CHECKING:
     from .. import Session, Ticket
 
-DATA: Final = "amst.bench"
+DATA: Final = ("amst.bench", "amst.bench.more")
+"""Two channels, for one may have half of a session's memory for messages only, which a long path takes more of."""
+
 CONTROL: Final = "amst.bench.control"
 
 MAX_MESSAGE: Final = 64 << 20
@@ -37,8 +40,7 @@ _NEAR_AT_ONCE: Final = 4
 _BEGIN_AHEAD: Final = 32 << 20
 _ROUNDS: Final = 4  # a window that doubles in the next round trip holds twice that before its first half has arrived
 _LEAST_MESSAGE: Final = 256 << 10
-_PER_ROUND: Final = 8  # messages that arrive in a round trip: the peer has memory for whole ones only
-_MOST_AT_ONCE: Final = 128
+_MOST_AT_ONCE: Final = 128  # many short ones: the peer has memory for whole ones, until their last chunk is there
 _LOOK_S: Final = 0.02
 
 _log = logging.getLogger("amst.bench")
@@ -176,12 +178,13 @@ def _parse_load(request: Mapping[str, Any]) -> Load:
 
 
 def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], None] | None = None) -> None:
-    """Send what ``load`` says and wait until all of it is acknowledged; then an empty message.
+    """Send what ``load`` says and wait until all of it is acknowledged; then an empty message on each channel.
 
     When the time is up, what has been offered and not begun is taken back.
     """
     payload = memoryview(os.urandom(load.message))
     ahead = _Ahead(load, session)
+    channels = itertools.cycle(ahead.channels)
     waiting: deque[Ticket] = deque()
     offered = 0
     sent_before = session.metrics().bytes_sent
@@ -200,7 +203,7 @@ def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], N
             tally.bytes += _take_back(session, waiting, offered, sent_before)
             break
         length = ahead.message if load.size is None else min(ahead.message, load.size - offered)
-        waiting.append(session.send(payload[:length], channel=DATA, borrow=True))
+        waiting.append(session.send(payload[:length], channel=next(channels), borrow=True))
         offered += length
         # what is missing of the oldest may hang on one slow stream, and the others are not to wait for that
         while offered - (arrived := tally.bytes + sum(ticket.acknowledged for ticket in waiting)) >= ahead.size:
@@ -217,7 +220,8 @@ def push(session: Session, load: Load, tally: Tally, *, progress: Callable[[], N
     while waiting:
         settle()
     tally.seconds = time.monotonic() - began
-    session.send(b"", channel=DATA).wait()
+    for ended in [session.send(b"", channel=channel) for channel in DATA]:
+        ended.wait()
 
 
 def _take_back(session: Session, waiting: deque[Ticket], offered: int, sent_before: int) -> int:
@@ -244,6 +248,7 @@ class _Ahead:
         rtt_s = session.metrics().average_latency_s or 0.0
         near = rtt_s < _NEAR_S
         self.most = load.message * load.window
+        self.channels = DATA[:1] if near else DATA
         self.size = self.most if near else min(self.most, _BEGIN_AHEAD)
         self._largest = load.message
         self._message = self.most // min(_NEAR_AT_ONCE, load.window) if near else _LEAST_MESSAGE
@@ -263,13 +268,33 @@ class _Ahead:
             return
         in_round = arrived - self._arrived
         self._round_began, self._arrived = now, arrived
-        self._message = max(self._message, in_round // _PER_ROUND)
         self.size = min(self.most, max(self.size, _ROUNDS * in_round, 2 * self.size if starved else 0))
 
 
 def drain(session: Session, tally: Tally, *, progress: Callable[[], None] | None = None) -> None:
-    """Receive and drop messages until an empty one."""
-    while length := len(session.recv(DATA)):
-        tally.bytes += length
-        if progress is not None:
-            progress()
+    """Receive and drop messages until an empty one on each channel."""
+    lock = threading.Lock()
+    failed: list[AmstError] = []
+
+    def take(channel: str) -> None:
+        while length := len(session.recv(channel)):
+            with lock:
+                tally.bytes += length
+                if progress is not None:
+                    progress()
+
+    def take_beside(channel: str) -> None:
+        try:
+            take(channel)
+        except AmstError as err:
+            failed.append(err)
+
+    # daemons: what interrupts this thread ends the session, and them with it
+    others = [threading.Thread(target=take_beside, args=(channel,), daemon=True) for channel in DATA[1:]]
+    for other in others:
+        other.start()
+    take(DATA[0])
+    for other in others:
+        other.join()
+    if failed:
+        raise failed[0]

@@ -260,8 +260,9 @@ def test_a_server_that_tells_another_amount_than_came_is_not_believed(amst, monk
     def lie(session: amst_core.Session) -> None:
         session.recv(traffic.CONTROL)
         session.send(b'{"ready": true}', channel=traffic.CONTROL)
-        session.send(b"abc", channel=traffic.DATA)
-        session.send(b"", channel=traffic.DATA)
+        session.send(b"abc", channel=traffic.DATA[0])
+        for channel in traffic.DATA:
+            session.send(b"", channel=channel)
         session.send(b'{"bytes": 4, "seconds": 1}', channel=traffic.CONTROL)
 
     with amst_core.listen("127.0.0.1:0", on_session=lie) as there:
