@@ -24,8 +24,9 @@ from ..errors import AmstError, BrokenError, ClosedError, ConnectError, Deadline
 if TYPE_CHECKING:
     from .. import Session, Ticket
 
-DATA: Final = ("amst.bench", "amst.bench.more")
-"""Two channels, for one may have half of a session's memory for messages only, which a long path takes more of."""
+DATA: Final = ("amst.bench", *(f"amst.bench.{number}" for number in range(2, 9)))
+"""Several channels for a long path: what waits for a lost segment then holds up, and holds in memory, only what is behind
+it in its channel; and one channel may have half of a session's memory for messages only."""
 
 CONTROL: Final = "amst.bench.control"
 
