@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .. import Session, Ticket
 
 DATA: Final = ("amst.bench", *(f"amst.bench.{number}" for number in range(2, 9)))
-"""Several channels for a long path: what waits for a lost segment then holds up, and holds in memory, only what is behind
-it in its channel; and one channel may have half of a session's memory for messages only."""
+"""Several channels for a long path: what waits for a lost segment then holds up, and holds in memory, only what is
+behind it in its channel; and one channel may have half of a session's memory for messages only."""
 
 CONTROL: Final = "amst.bench.control"
 
