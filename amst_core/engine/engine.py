@@ -50,8 +50,9 @@ from .events import (
 )
 from .incoming import Incoming, Placement, Verdict
 from .intervals import IntervalSet
-from .outgoing import BUSY_TIMES, Chunk, Flows, InFlight, Outgoing
+from .outgoing import BUSY_TIMES, Chunk, InFlight, Outgoing
 from .pace import AckTimer, TokenBucket
+from .queues import SendQueues
 
 ACK_INTERVAL_S: Final = 0.005
 """Acknowledgements go at most this often: each costs a TLS record and a wake-up on both sides."""
@@ -112,8 +113,10 @@ class Engine:
         self._ending = 0  # of the incoming: told to the peer as failed, or by it, and not settled yet
         self._opened_out = 0  # highest id this side opened
         self._opened_in = 0  # highest id the peer opened
-        self._flows = Flows()
+        self._queues = SendQueues()
         self._lanes: set[int] = set()
+        self._express: frozenset[int] = frozenset()  # lanes for short transfers
+        self._carrying: set[int] = set()  # lanes that have a chunk
         self._slow: set[int] = set()  # lanes whose chunks were late, and were sent again over another
         self._ack_timer = AckTimer()
         self._bucket: TokenBucket | None = None
@@ -168,7 +171,7 @@ class Engine:
         self._control_up = True
         for out in self._outgoing.values():
             out.opened = True
-            self._flows.wake(out)
+            self._queues.wake(out)
         live = {id: None for id, incoming in self._incoming.items() if incoming.verdict is None}
         self._tell_limits()
         self._dirty = {}
@@ -225,7 +228,7 @@ class Engine:
     @property
     def has_chunks(self) -> bool:
         """`next_chunk` may have something; false means certainly not."""
-        return bool(self._flows)
+        return bool(self._queues)
 
     def open(
         self,
@@ -271,7 +274,7 @@ class Engine:
             transfer.leave_out(holes)
             self._events.append(Progress(transfer.id, transfer.acked.total))
         self._outbox.append(Open(transfer.id, kind, wire_size, request, channel, told))
-        self._flows.wake(transfer)
+        self._queues.wake(transfer)
         self._tell_drained(transfer)
         return transfer.id
 
@@ -284,7 +287,7 @@ class Engine:
         if last:
             out.size = out.available
             self._tell_drained(out)
-        self._flows.wake(out)
+        self._queues.wake(out)
 
     def end(self, transfer: int) -> None:
         """The source was whole when its last byte was read; what has been offered is all."""
@@ -323,7 +326,7 @@ class Engine:
 
     def paced_until(self, now: float) -> float | None:
         """When the rate limit lets the next chunk go, if it holds one back now."""
-        if self._bucket is None or not self._flows:
+        if self._bucket is None or not self._queues:
             return None
         ready_at = self._bucket.ready_at(now)
         return ready_at if ready_at > now else None
@@ -340,6 +343,24 @@ class Engine:
         """``lane`` takes chunks: a slow one only while there is no other."""
         return lane in self._lanes and (lane not in self._slow or self._slow >= self._lanes)
 
+    def set_express(self, lanes: Iterable[int]) -> None:
+        """Have ``lanes`` carry short transfers and nothing else, which the others then do only while these are at work.
+
+        None: any lane carries anything.
+        """
+        self._express = frozenset(lanes)
+        self._queues.split_by_size(bool(self._express), self._outgoing.values())
+
+    @property
+    def _has_free_express(self) -> bool:
+        return any(lane not in self._carrying and self.may_send(lane) for lane in self._express)
+
+    def has_chunk_for(self, lane: int) -> bool:
+        """Whether ``lane`` may be given something by `next_chunk` now."""
+        return self.may_send(lane) and self._queues.has_for(
+            express=lane in self._express, help=not self._has_free_express
+        )
+
     def next_chunk(self, lane: int, now: float) -> Chunk | None:
         """The next span for ``lane`` to send; pair each with `chunk_left`."""
         if not self.may_send(lane) or self.paced_until(now) is not None:
@@ -347,9 +368,10 @@ class Engine:
         most = self.chunk_size_of(lane)
         if self._bucket is not None:
             most = min(most, self._bucket.chunk)
-        found = self._flows.next(most)
+        found = self._queues.next(most, express=lane in self._express, help=not self._has_free_express)
         if found is None:
             return None
+        self._carrying.add(lane)
         transfer, start, end, again = found
         if self._bucket is not None:
             self._bucket.take(end - start)
@@ -366,6 +388,7 @@ class Engine:
 
     def chunk_left(self, chunk: Chunk) -> None:
         """The lane has done with the chunk, sent or not."""
+        self._carrying.discard(chunk.lane)
         out = self._outgoing.get(chunk.transfer)
         if out is None:
             assert chunk.free, f"{chunk} was viewed after the end of its transfer"
@@ -399,7 +422,7 @@ class Engine:
 
     @property
     def _late_after_s(self) -> float:
-        return self._ack_timer.late_after_s * (BUSY_TIMES if self._flows else 1)
+        return self._ack_timer.late_after_s * (BUSY_TIMES if self._queues else 1)
 
     def resend_late(self, now: float, patient_with: Collection[int] = ()) -> None:
         """Send the last chunks of a transfer again over other lanes, where their acknowledgement is late.
@@ -416,7 +439,7 @@ class Engine:
             lanes = out.resend_late(late_after_s, now, patient_with) if len(self._lanes) > 1 else []
             self._slow.update(lane for lane in lanes if lane in self._lanes)
             if lanes:
-                self._flows.wake(out)
+                self._queues.wake(out)
             # a lane that is stuck in sending tells of nothing
             self._tell_drained(out)
             self._settle(out)
@@ -430,7 +453,7 @@ class Engine:
         self.lane_left(lane)
         for out in self._outgoing.values():
             out.lose_lane(lane)
-            self._flows.wake(out)
+            self._queues.wake(out)
         if not self._control_up:
             self._tell_limits()  # what this lane carried of them may be lost
 
@@ -587,7 +610,7 @@ class Engine:
                     if limit > MAX_OFFSET:
                         raise ProtocolError(f"CREDIT of {limit} passes the largest offset")
                     if out is not None and out.credited(limit):
-                        self._flows.wake(out)
+                        self._queues.wake(out)
             case End():
                 incoming = self._known_incoming(message.transfer)
                 if incoming is not None and incoming.verdict is None:
@@ -619,7 +642,7 @@ class Engine:
                 out = self._known_outgoing(message.transfer)
                 if out is not None and out.verdict is None:
                     out.lose_span(message.offset, message.offset + message.length)
-                    self._flows.wake(out)
+                    self._queues.wake(out)
             case _:
                 raise ProtocolError(f"{type(message).__name__.upper()} is not expected here")
 
@@ -677,7 +700,7 @@ class Engine:
         if out.resumed:
             self._events.append(Progress(out.id, out.acked.total))
         self._tell_drained(out)
-        self._flows.wake(out)
+        self._queues.wake(out)
 
     def _receive_ack(self, transfer: int, spans: tuple[Span, ...], now: float) -> None:
         out = self._known_outgoing(transfer)

@@ -11,6 +11,9 @@ from ..errors import ProtocolError
 from ..wire.fields import Span
 from .intervals import IntervalSet
 
+SHORT: Final = 1 << 20
+"""Transfers of fewer bytes are short (requirements F1)."""
+
 BUSY_TIMES: Final = 4
 """So many times later than otherwise is late while there is something else to send, or on a lane that moves."""
 
@@ -100,6 +103,11 @@ class Outgoing:
         self.verdict: tuple[str, str] | None = None
         self.concluded_at: float | None = None  # about when the verdict was known
         self.resends = 0  # bytes taken a second time
+
+    @property
+    def is_short(self) -> bool:
+        """It has fewer bytes than `SHORT`."""
+        return self.size is not None and not self.open_ended and self.size < SHORT
 
     def take(self, most: int) -> tuple[int, int, bool] | None:
         """The next span to send and whether it is a retransmission; None when nothing may go now."""

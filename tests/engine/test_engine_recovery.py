@@ -788,7 +788,7 @@ def test_a_part_that_is_sent_again_does_not_make_the_rest_forgotten() -> None:
     assert chunk is not None
     engine.chunk_left(chunk)
     engine._outgoing[tid].lost.add(0, 50)  # as a copy cut at other offsets leaves it
-    engine._flows.wake(engine._outgoing[tid])
+    engine._queues.wake(engine._outgoing[tid])
     part = engine.next_chunk(2, 1.0)
     assert part is not None and part.length == 50
     engine.chunk_left(part)
