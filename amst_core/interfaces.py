@@ -120,7 +120,8 @@ class PathStats:
     Times in seconds, rates in bytes/s, ``cwnd`` in bytes; counters are totals since the lane opened.
     ``bytes_acknowledged`` and ``bytes_received`` tell progress inside a frame, ``bytes_waiting`` what is on its way
     and not acknowledged by the peer's end of the transport (not by the peer's program), without what the peer has no
-    room for now: by these three the core tells a dead path from a peer that is busy.
+    room for now: by these three the core tells a dead path from a peer that is busy. ``peer_limited_s``: for so long in
+    all the peer had no room for more.
     """
 
     rtt_s: float | None = None
@@ -135,6 +136,7 @@ class PathStats:
     bytes_acknowledged: int | None = None
     bytes_received: int | None = None
     bytes_waiting: int | None = None
+    peer_limited_s: float | None = None
     mss: int | None = None
     congestion: str | None = None
 
@@ -236,10 +238,11 @@ class AckSample:
 
 @dataclass(frozen=True, slots=True)
 class PathSample:
-    """One observation of a path by the core, for a `ModeDetector`.
+    """One observation of a path by the core, for a `ModeDetector`: what was seen in about half a second.
 
-    ``bandwidth`` is goodput in bytes/s, None when nothing limited it but the application; ``loss`` is the
-    fraction of segments retransmitted, None when too few were sent to tell.
+    ``latency_s`` is the shortest round trip; ``bandwidth`` goodput in bytes/s, None when nothing limited it but the
+    application, the peer or a limit that was asked for; ``loss`` the share of segments that went again, None when too
+    few were sent to tell.
     """
 
     latency_s: float | None
@@ -257,10 +260,13 @@ class Mode(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ModeDecision:
-    """A detector's answer; ``tier`` is 1–4 by latency (requirements F5)."""
+    """A detector's answer, its ``reason`` for people in one line.
+
+    ``tier`` is 1–4 by latency (requirements F5), None while that is not known.
+    """
 
     mode: Mode
-    tier: int
+    tier: int | None
     reason: str
 
 
@@ -527,7 +533,11 @@ class ModeDetector(ABC):
 
     @abstractmethod
     def update(self, sample: PathSample, *, now: float) -> ModeDecision:
-        """Take one sample and answer with the mode in force and why."""
+        """Take one sample and answer with the mode that fits now, and why.
+
+        ``now`` is in monotonic seconds and never goes back. What a sample does not know (None) is no reason for a
+        change.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,14 +566,16 @@ class SessionMetrics:
     """A session's numbers at one instant (requirements A2); totals since it opened.
 
     Throughput is the larger direction over the last 5 s; utilisation relates it to the sum of the
-    lanes' estimated delivery rates; ``streams_reason`` says why there are as many as there are; None means not yet
-    known.
+    lanes' estimated delivery rates; ``streams_reason`` says why there are as many as there are, ``mode_reason`` why it
+    is this mode, ``switches`` how often that has changed; None means not yet known.
     """
 
     session_id: str
     remote_addr: str
     transport_type: str
     mode: str
+    mode_reason: str
+    switches: int
     congestion: str | None
     congestion_backend: str | None
     congestion_reason: str | None

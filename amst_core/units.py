@@ -113,6 +113,11 @@ def format_rate(rate_bytes_per_s: float) -> str:
     return _scaled(rate_bytes_per_s, 1000, ("B", "kB", "MB", "GB", "TB")) + "/s"
 
 
+def format_bit_rate(rate_bytes_per_s: float) -> str:
+    """Write a rate in bytes/s as links are named, in bits (``"100Mbit/s"``)."""
+    return _scaled(rate_bytes_per_s * 8, 1000, ("bit", "kbit", "Mbit", "Gbit", "Tbit")) + "/s"
+
+
 def format_duration(duration_s: float) -> str:
     """Write seconds as whole days, hours or minutes where exact, else as s or ms with at most two decimals.
 

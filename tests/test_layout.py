@@ -23,7 +23,7 @@ LAYERS = (
     ("wire",),
     ("engine",),
     ("control", "files", "security", "settings", "plugins", "buffers", "memory", "congestion"),
-    ("pacing",),
+    ("pacing", "modes"),
     ("session",),
     ("api",),
     ("aio",),

@@ -7,6 +7,7 @@ from functools import partial
 
 from ..api import client
 from ..api.attempt import Attempt
+from ..interfaces import Mode
 from ..plugins import Plugins
 from ..session.session import Session as BlockingSession
 from ..settings.values import Settings
@@ -28,6 +29,7 @@ def connect(
     verify: bool = True,
     congestion: str | None = None,
     polite: bool = False,
+    mode: Mode | str | None = None,
     root: str | os.PathLike[str] | None = None,
     plugins: Plugins | None = None,
 ) -> Opening[Session]:
@@ -53,6 +55,7 @@ def connect(
         verify=verify,
         congestion=congestion,
         polite=polite,
+        mode=mode,
         root=root,
         plugins=plugins,
     )

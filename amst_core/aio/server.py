@@ -17,6 +17,7 @@ from typing import Any, Final, Self, TypeAlias
 from ..api.server import Server as BlockingServer
 from ..endpoint import DEFAULT_PORT, parse_endpoint
 from ..errors import AmstError, ClosedError, DeadlineError
+from ..interfaces import Mode
 from ..plugins import Plugins
 from ..session.session import Session as BlockingSession
 from ..settings.load import load_settings
@@ -39,20 +40,21 @@ def listen(
     root: str | os.PathLike[str] | None = None,
     settings: Settings | None = None,
     state_dir: str | os.PathLike[str] | None = None,
+    mode: Mode | str | None = None,
     on_session: Handler | None = None,
     plugins: Plugins | None = None,
 ) -> Opening[Server]:
     """Accept sessions at ``address``: ``server = await listen(...)``, or ``async with listen(...) as server``.
 
     Args:
-        root, settings, state_dir, plugins: as for `amst_core.listen`.
+        root, settings, state_dir, mode, plugins: as for `amst_core.listen`.
         on_session: called with each new session, as a task of its own; without it use `Server.accept`. When it
             raises, its session is ended and the error logged; when it returns, the session goes on.
 
     Raises:
         AmstError: as `amst_core.listen`.
     """
-    return Opening(partial(_listen, address, root, settings, state_dir, on_session, plugins))
+    return Opening(partial(_listen, address, root, settings, state_dir, mode, on_session, plugins))
 
 
 async def _listen(
@@ -60,6 +62,7 @@ async def _listen(
     root: str | os.PathLike[str] | None,
     settings: Settings | None,
     state_dir: str | os.PathLike[str] | None,
+    mode: Mode | str | None,
     on_session: Handler | None,
     plugins: Plugins | None,
 ) -> Server:
@@ -74,6 +77,7 @@ async def _listen(
             state=Path(state_dir) if state_dir is not None else None,
             on_session=None,
             plugins=plugins or Plugins(),
+            mode=mode,
             deliver=server.deliver,
         )
 

@@ -16,17 +16,19 @@ from typing import Self, TypeVar
 
 from ..errors import AmstError, ClosedError, DeadlineError, UsageError
 from ..files.entries import Entry, WalkError
-from ..interfaces import SessionMetrics, StreamHealth
+from ..interfaces import Mode, SessionMetrics, StreamHealth
 from ..session.background import Background
 from ..session.copying import Stop
 from ..session.core import SessionCore
 from ..session.listing import Pages
+from ..session.mode import ModeState
 from ..session.requests import PendingRequest
 from ..session.room import NotYet
 from ..session.session import (
     CLOSE_TIMEOUT_S,
     DRAIN_LOOK_S,
     HEALTH_TIMEOUT_S,
+    MODE_TIMEOUT_S,
     HealthReport,
     SessionReport,
     check_channel,
@@ -266,6 +268,29 @@ class Session:
         """Ask the peer for a sign of life on every stream and wait for the answers; several at once take turns."""
         self._check_loop()
         return await in_thread(partial(self._inner.health_check, timeout), self._errands.aside)
+
+    @property
+    def mode(self) -> ModeState:
+        """The mode that the session is in, and why."""
+        return self._inner.mode
+
+    async def force_mode(self, mode: Mode | str, *, timeout: float = MODE_TIMEOUT_S) -> None:
+        """Be in ``mode``, whatever the path calls for, until `release_mode`; returns when both sides are.
+
+        Cancelled, it goes on to change.
+
+        Raises:
+            UsageError: there is no such mode.
+            RefusedError: another mode is forced at the server.
+            DeadlineError: the peer has not answered within ``timeout`` seconds.
+            AmstError: the session has ended.
+        """
+        self._check_loop()
+        await in_thread(partial(self._inner.force_mode, mode, timeout=timeout), self._errands.aside)
+
+    def release_mode(self) -> None:
+        """Have the path decide about the mode again."""
+        self._inner.release_mode()
 
     def streams(self) -> tuple[StreamHealth, ...]:
         """Each stream's health and numbers (requirements A3); one whose lane is being replaced is not healthy."""

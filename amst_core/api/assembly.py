@@ -9,11 +9,10 @@ from ..files.journal import Fsync
 from ..files.partial import PartialPolicy
 from ..interfaces import Advertisement, LaneTimeouts
 from ..memory import MemoryBudget, MemoryShare
-from ..pacing import Range
+from ..modes import Profile
 from ..session.core import SessionCore
 from ..session.session import SessionLimits
 from ..settings.values import Settings
-from .profiles import Profile
 
 
 def make_budget(settings: Settings, *, sessions: int = 1) -> MemoryBudget:
@@ -41,7 +40,6 @@ def make_core(
     is_opener: bool,
     congestion: CongestionPolicy,
     profile: Profile,
-    streams: Range,
 ) -> SessionCore:
     """The core of a session, which closes ``memory`` when it ends."""
     core = SessionCore(
@@ -51,14 +49,11 @@ def make_core(
         remote=peer_limits(peer_terms),
         memory=memory,
         max_message=settings.limits.max_message,
-        chunk_size=profile.chunk_size,
-        longest_chunk=profile.longest_chunk,
-        shortest_chunk=profile.shortest_chunk,
+        profile=profile,
         park_timeout_s=settings.limits.handshake_timeout,
         session_timeout_s=settings.limits.session_timeout,
         fsync=Fsync(settings.files.fsync),
         congestion=congestion,
-        streams=streams,
         paced=settings.transport.amst.pacing_enabled,
     )
     core.limit_rate(settings.transport.amst.pacing_rate or None)

@@ -96,6 +96,10 @@ class TransportChoice:
             mode=mode.value,
         )
 
+    def mode_changed(self, session: Session, old: Mode, new: Mode, reason: str) -> None:
+        """A session is in another mode."""
+        self._plugins.notify("amst_mode_changed", session_id=session.id, old=old, new=new, reason=reason)
+
     def close(self) -> None:
         """The session is over, or never came about."""
         if self._session is not None:

@@ -13,11 +13,13 @@ from ..control.channel import ControlChannel
 from ..endpoint import parse_endpoint
 from ..errors import AmstError, AuthError, BrokenError, ConnectError, DeadlineError, ProtocolError, UsageError
 from ..files.root import Root
-from ..interfaces import Endpoint
+from ..interfaces import Endpoint, Mode
+from ..modes import first_mode, first_reason, profile
 from ..plugins import Plugins
 from ..security.identity import find_token
 from ..security.tls import TlsStream, client_context
 from ..session.lane_opener import LaneOpener, Route
+from ..session.mode import ASKED, ModePlan
 from ..session.session import Session
 from ..settings.load import load_settings
 from ..settings.values import Settings
@@ -26,7 +28,7 @@ from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_
 from .attempt import Attempt
 from .choice import TransportChoice
 from .congestion import Controllers
-from .profiles import first_mode, profile
+from .modes import forced_mode, make_detector
 from .redial import Redialer
 
 
@@ -43,6 +45,7 @@ def connect(
     verify: bool = True,
     congestion: str | None = None,
     polite: bool = False,
+    mode: Mode | str | None = None,
     root: str | os.PathLike[str] | None = None,
     plugins: Plugins | None = None,
     attempt: Attempt | None = None,
@@ -64,13 +67,15 @@ def connect(
             system refuses falls back; `Session.streams` tells which one is in force, and why.
         polite: what either side sends takes no more from others than one flow does: all streams are paced together, by
             CUBIC unless another control is asked for; where they cannot be, there is one stream.
+        mode: the one to be in, whatever the path calls for (see `Session.force_mode`); by default that of
+            ``transport.modes.mode``, ``auto``: the one that the path calls for.
         root: a directory that the server may read and write, as the server's own root is for this side.
         plugins: where transports come from; by default the installed ones.
         attempt: lets another thread give it up.
 
     Raises:
-        UsageError: the address, the number of streams, or the name of the transport or congestion control makes no
-            sense, or encrypted data is not to be verified.
+        UsageError: the address, the number of streams, or the name of the transport, congestion control or mode makes
+            no sense, or encrypted data is not to be verified.
         ConnectError: the server cannot be reached, is none, or is full.
         AuthError: there is no token, or the server does not accept it.
         UnavailableError: ``require`` cannot be met.
@@ -90,6 +95,7 @@ def connect(
             verify=verify,
             congestion=congestion,
             polite=polite,
+            mode=mode,
             root=root,
             plugins=plugins or Plugins(),
             attempt=attempt,
@@ -109,6 +115,7 @@ def _open(
     verify: bool,
     congestion: str | None,
     polite: bool,
+    mode: Mode | str | None,
     root: str | os.PathLike[str] | None,
     plugins: Plugins,
     attempt: Attempt,
@@ -132,6 +139,8 @@ def _open(
         raise UsageError("encrypted data is always verified: to verify none, ask for plaintext too (--plaintext)")
     controllers = Controllers(plugins, settings)
     algorithm = controllers.asked_for(settings, congestion)
+    forced = forced_mode(settings, mode)
+    detector = make_detector(plugins, settings)
     choice = TransportChoice(plugins, settings, endpoint, preferred=transport, required=require)
     token = token if token is not None else find_token()
     if token is None:
@@ -157,7 +166,7 @@ def _open(
         release()
         raise
     try:
-        begin = profile(first_mode(channel.rtt_s), settings, streams=streams, max_streams=max_streams)
+        begin = profile(forced or first_mode(channel.rtt_s), settings, streams=streams, max_streams=max_streams)
         count = begin.streams.start
         wish = handshake.Wish(
             wants_plaintext,
@@ -183,7 +192,6 @@ def _open(
             is_opener=True,
             congestion=controllers.policy(algorithm, polite=polite),
             profile=begin,
-            streams=begin.streams,
         )
     except BaseException:
         channel.close()
@@ -198,7 +206,15 @@ def _open(
         verified=agreement.verified,
         root=files,
         limits=session_limits(settings),
-        mode=begin.mode.value,
+        modes=ModePlan(
+            begin,
+            first_reason(channel.rtt_s) if forced is None else ASKED,
+            forced,
+            detector,
+            settings.transport.modes.mode_check_interval,
+            lambda mode, _: profile(mode, settings, streams=streams, max_streams=max_streams),
+        ),
+        on_mode_changed=choice.mode_changed,
         on_lane_request=_lanes_wished,
         on_end=lambda _: release(),
     )

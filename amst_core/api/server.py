@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,13 +22,16 @@ from ..control.listener import Listener, Newcomer
 from ..endpoint import DEFAULT_PORT, parse_endpoint
 from ..errors import AmstError, AuthError, BusyError, ClosedError, DeadlineError, ProtocolError
 from ..files.root import Root
-from ..interfaces import Advertisement, Endpoint, Lane, Transport
+from ..interfaces import Advertisement, Endpoint, Lane, Mode, Transport
 from ..memory import MemoryShare
+from ..modes import Profile, agreed_streams, profile
+from ..pacing import Range
 from ..plugins import Plugins
 from ..process import Foreign, own
 from ..security.identity import ServerIdentity, state_dir
 from ..security.tls import TlsStream, server_context
 from ..session.admission import LaneIdentity, challenge, protection_for
+from ..session.mode import ModePlan
 from ..session.session import Session
 from ..settings.load import load_settings
 from ..settings.values import Settings
@@ -35,7 +39,7 @@ from ..wire.messages import LaneGrant
 from .assembly import lane_timeouts, make_budget, make_core, own_terms, partial_policy, session_limits
 from .choice import usable_transports
 from .congestion import Controllers
-from .profiles import agreed_streams, profile
+from .modes import forced_mode, make_detector
 
 _log = logging.getLogger("amst.api")
 
@@ -52,6 +56,7 @@ def listen(
     root: str | os.PathLike[str] | None = None,
     settings: Settings | None = None,
     state_dir: str | os.PathLike[str] | None = None,
+    mode: Mode | str | None = None,
     on_session: Callable[[Session], None] | None = None,
     plugins: Plugins | None = None,
 ) -> Server:
@@ -61,10 +66,13 @@ def listen(
         root: the directory whose files the peers may read and write; None serves no files.
         state_dir: where token, key and certificate are kept, made when missing; by default
             ``AMST_STATE_DIR``, else ``~/.local/state/amst``.
+        mode: of all sessions, whatever their paths call for and their clients ask for; by default that of
+            ``transport.modes.mode``, ``auto``: the one that each path calls for.
         on_session: called with each new session on a thread of its own; without it use `Server.accept`.
         plugins: where transports come from; by default the installed ones.
 
     Raises:
+        UsageError: there is no such mode, or it is not clear which plugin is to find it.
         ConnectError: the address cannot be listened on.
         PluginError: no transport can be used.
     """
@@ -73,6 +81,7 @@ def listen(
         root=root,
         settings=settings if settings is not None else load_settings(),
         state=Path(state_dir) if state_dir is not None else None,
+        mode=mode,
         on_session=on_session,
         plugins=plugins or Plugins(),
     )
@@ -90,6 +99,7 @@ class Server:
         state: Path | None,
         on_session: Callable[[Session], None] | None,
         plugins: Plugins,
+        mode: Mode | str | None = None,
         deliver: Callable[[Session], None] | None = None,
     ) -> None:
         """``deliver`` is given each new session instead of a thread or `accept`; it must return quickly."""
@@ -106,6 +116,8 @@ class Server:
             self._root = Root(root, forbidden=[(held.st_dev, held.st_ino)], partials=partial_policy(settings))
         self._controllers = Controllers(plugins, settings)
         self._congestion = self._controllers.asked_for(settings, None)
+        self._forced = forced_mode(settings, mode)
+        make_detector(plugins, settings)  # what is wrong with it is told now, and not with the first session
         self._transports = usable_transports(self._plugins, settings)
         self._advertised: dict[str, Advertisement] = {}
         self._by_tag: dict[int, Transport] = {}
@@ -319,6 +331,7 @@ class Server:
         self, channel: ControlChannel, agreement: handshake.Agreement, memory: MemoryShare, peer: str
     ) -> Session:
         wish = agreement.wish
+        begin = self._profile(wish.mode, _streams_of(wish))
         core = make_core(
             self._settings,
             memory,
@@ -330,8 +343,7 @@ class Server:
                 backend=wish.backend,
                 polite=wish.polite,
             ),
-            profile=profile(wish.mode, self._settings),
-            streams=agreed_streams(wish, self._settings),
+            profile=begin,
         )
         session = Session(
             core,
@@ -342,7 +354,15 @@ class Server:
             verified=agreement.verified,
             root=self._root,
             limits=session_limits(self._settings),
-            mode=wish.mode.value,
+            modes=ModePlan(
+                begin,
+                "the client asks for it",
+                self._forced,
+                make_detector(self._plugins, self._settings),
+                self._settings.transport.modes.mode_check_interval,
+                self._profile,
+            ),
+            on_mode_changed=self._mode_changed,
             on_lane_request=lambda s, request: self._grant(s, request.count, request.transport, agreement),
             on_end=self._session_ended,
         )
@@ -357,6 +377,14 @@ class Server:
             self._grant(session, wish.streams, session.wanted_transport, agreement)
         session.start()
         return session
+
+    def _profile(self, mode: Mode, wished: Range | None) -> Profile:
+        """What this side sends in ``mode`` to a client that wishes for so many streams; None: for as many as here."""
+        own = profile(mode, self._settings)
+        return own if wished is None else replace(own, streams=agreed_streams(wished, self._settings))
+
+    def _mode_changed(self, session: Session, old: Mode, new: Mode, reason: str) -> None:
+        self._plugins.notify("amst_mode_changed", session_id=session.id, old=old, new=new, reason=reason)
 
     def _grant(self, session: Session, count: int, transport: str, agreement: handshake.Agreement) -> None:
         """Let the opener open ``count`` more lanes, as far as the limits allow."""
@@ -435,6 +463,13 @@ class Server:
                 del self._grants[incarnation]
         self._plugins.notify("amst_session_closed", session_id=session.id, error=session.error)
         _log.info("session %s with %s ended: %s", session.id[:8], session.peer, session.error)
+
+
+def _streams_of(wish: handshake.Wish) -> Range:
+    """The streams that a client wishes for in what is sent to it."""
+    streams = wish.streams
+    least = streams if wish.least_streams is None else wish.least_streams
+    return Range(streams, least, wish.most_streams or streams)
 
 
 class _Grant:

@@ -100,6 +100,7 @@ def _session(
         verify=options.verify == "crc",
         congestion=options.congestion,
         polite=options.polite,
+        mode=options.mode,
     )
     try:
         with session:

@@ -214,9 +214,16 @@ def _add_client(parser: _Parser) -> None:
         "--polite", action="store_true",
         help="take no more from others than one flow does: all streams are paced together, by cubic unless -C says",
     )  # fmt: skip
+    _add_mode(parser, "the mode, whatever the path calls for; one that the server's settings have comes first")
     parser.add_argument("--token-file", metavar="FILE", help="file that holds the server's token")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on standard output")
     _add_common(parser)
+
+
+def _add_mode(parser: _Parser, help: str) -> None:
+    parser.add_argument(
+        "--mode", choices=("auto", "datacenter", "internet", "hybrid"), help=f"{help} (default: transport.modes.mode)"
+    )
 
 
 def _serve() -> _Parser:
@@ -232,6 +239,7 @@ def _serve() -> _Parser:
         help=f"where to listen (default: {DEFAULT_LISTEN}, IPv6 and IPv4); port 0 takes a free one",
     )  # fmt: skip
     parser.add_argument("--root", default=".", metavar="DIR", help="what to serve (default: the working directory)")
+    _add_mode(parser, "the mode of all sessions, whatever their paths call for and their clients ask for")
     _add_common(parser)
     return parser
 

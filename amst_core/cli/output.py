@@ -59,6 +59,7 @@ class Report:
     error: Mapping[str, object] | None = None
     congestion_reason: str | None = None
     streams_reason: str | None = None
+    mode_reason: str | None = None
     lanes: list[Mapping[str, object]] = field(default_factory=list)
     dry_run: Mapping[str, object] | None = None
     arrived_bytes: int = 0
@@ -70,6 +71,8 @@ class Report:
         self.setup_seconds = about.setup_seconds
         self.transport = metrics.transport_type
         self.mode = metrics.mode
+        self.mode_reason = metrics.mode_reason
+        self.switches = metrics.switches
         self.streams = about.most_streams
         self.congestion = metrics.congestion
         self.congestion_backend = metrics.congestion_backend

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 LINE_EVERY_S: Final = 5.0
 BAR_EVERY_S: Final = 0.2
 _RATE_WINDOW_S: Final = 5.0
+_NEWS_S: Final = 10.0
+"""How long a change of the mode is shown."""
 
 
 class Meter:
@@ -147,8 +149,9 @@ class Display:
             pass  # standard error is gone: there is nobody to show anything to
 
     def _streams(self) -> str:
-        metrics = self._session.metrics()
-        return f"{metrics.active_streams} {metrics.transport_type} streams"
+        metrics, mode = self._session.metrics(), self._session.mode
+        note = f", now {mode.mode.value}" if mode.switches and time.monotonic() - mode.since < _NEWS_S else ""
+        return f"{metrics.active_streams} {metrics.transport_type} streams{note}"
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ def run(options: argparse.Namespace, report: Report) -> int:
             root=Path(options.root),
             settings=settings,
             state_dir=state_dir(os.environ),
+            mode=options.mode,
             on_session=traffic.offer,
         )
         try:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Final
 
 from ..errors import UnavailableError
-from ..interfaces import CongestionController, CongestionInForce, Lane
+from ..interfaces import CongestionController, CongestionInForce, Lane, Mode
 
 _log = logging.getLogger("amst.session")
 
@@ -53,6 +53,9 @@ class CongestionPolicy:
     of each that works what the system calls it, None where no system has it, and ``broken`` of the others why not. The
     system's own stays where the one that the path calls for is not there.
 
+    ``mode`` is that of the session, which `AUTO` follows where the round trip is short; whoever changes it applies the
+    policy to the lanes anew.
+
     Of a controller in user space ``make`` makes one for a session; ``base`` is what then runs in the system, `AUTO` its
     own unless that is bbr. A ``polite`` session is paced in user space wherever that is possible.
     """
@@ -69,6 +72,7 @@ class CongestionPolicy:
         polite: bool = False,
     ) -> None:
         self.polite = polite
+        self.mode = Mode.DATACENTER
         self._asked = asked
         self._backend = Backend.KERNEL if make is None else Backend.USERSPACE if polite else backend
         self._base = base
@@ -153,11 +157,13 @@ class CongestionPolicy:
             return POLITE, "for the session is to be polite"
         stats = lane.path_stats()
         rtt_s = stats.min_rtt_s if stats.min_rtt_s is not None else stats.rtt_s
+        if rtt_s is not None and rtt_s >= FAR_S:
+            return FAR, f"for the round trip is {FAR_S * 1000:g} ms or more"
+        if self.mode is Mode.INTERNET:
+            return FAR, "for the mode is internet"
         if rtt_s is None:
             return NEAR, "for the round trip is not known"
-        if rtt_s < FAR_S:
-            return NEAR, f"for the round trip is below {FAR_S * 1000:g} ms"
-        return FAR, f"for the round trip is {FAR_S * 1000:g} ms or more"
+        return NEAR, f"for the round trip is below {FAR_S * 1000:g} ms"
 
     def _first_taken(self, lane: Lane, candidates: list[str], said: list[str]) -> CongestionInForce:
         for candidate in candidates:

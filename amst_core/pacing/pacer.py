@@ -82,6 +82,17 @@ class SessionPacer(ABC):
         short = self.bounds and 0 < self.flow.min_rtt_s <= SHORT_PATH_S
         return self._tick_s / 2 if short else self._tick_s
 
+    def goes_on_as(self, other: SessionPacer) -> bool:
+        """Whether ``other`` would do the same, but for the number of lanes that it may have."""
+        return (
+            type(self) is type(other) and self.bounds == other.bounds and self._controls == other._controls
+        )
+
+    @property
+    def _controls(self) -> object:
+        """By what it paces."""
+        return None if self.controller is None else self.controller.name
+
     def rest(self) -> None:
         """Nothing is sent for a while."""
         self.flow.rest()

@@ -60,6 +60,11 @@ class StreamTuner(ABC):
         self.range = range
         self.choose(range.start, range.reason)
 
+    def bound(self, range: Range) -> None:
+        """Stay within ``range`` from now on."""
+        self.range = range
+        self.choose(self.wanted, BOUNDED)
+
     def rest(self) -> None:
         """Nothing is sent for a while: what was being measured says nothing."""
 
@@ -85,6 +90,8 @@ class StreamTuner(ABC):
             self.wanted, self.reason = wanted, reason
         return self.wanted
 
+
+BOUNDED: Final = "as many as the mode allows"
 
 COMING_S: Final = 5.0
 """So long lanes are waited for."""
@@ -239,6 +246,12 @@ class RateTuner(StreamTuner):
     def fix(self, range: Range) -> None:
         super().fix(range)
         self._target = self.wanted
+
+    def bound(self, range: Range) -> None:
+        self.range = range
+        if not range.least <= self._target <= range.most:
+            self._tried_from = None
+            self._aim(self._target, BOUNDED)
 
     def look(self, flow: SessionFlow, live: int, now: float, *, settled: bool, idle: bool) -> int:
         if self.range.fixed:

@@ -45,8 +45,9 @@ from ..errors import (
     error_from_kind,
 )
 from ..files.journal import Fsync
-from ..interfaces import PathStats
+from ..interfaces import Mode, PathStats
 from ..memory import MemoryShare
+from ..modes import EXPRESS, Profile
 from ..pacing import ControllerPacer, GuardPacer, Range, SessionPacer
 from ..wire.fields import AttributeValue
 from ..wire.frames import FrameHeader, FrameKind, encode_ack
@@ -129,14 +130,11 @@ class SessionCore:
         remote: Limits,
         memory: MemoryShare,
         max_message: int,
-        chunk_size: int,
-        longest_chunk: int,
-        shortest_chunk: int | None,
+        profile: Profile,
         park_timeout_s: float,
         session_timeout_s: float,
         fsync: Fsync,
         congestion: CongestionPolicy,
-        streams: Range,
         paced: bool,
     ) -> None:
         self.peer = peer
@@ -169,8 +167,10 @@ class SessionCore:
         self.memory = memory
         self.send_pool = memory.send_pool
         self.receive_pool = memory.receive_pool
-        most = min(remote.max_chunk, memory.max_chunk)
-        self._chunks = ChunkTuner(min(chunk_size, most), most=min(most, longest_chunk), least=shortest_chunk)
+        self._most_chunk = min(remote.max_chunk, memory.max_chunk)
+        self._profile = profile
+        congestion.mode = profile.mode
+        self._chunks = self._chunks_of(profile)
         self._lane_chunks = LaneChunks()
         self._loss = LossMeter()
         self._path_looked_at = 0.0
@@ -211,13 +211,20 @@ class SessionCore:
         self._sleeps_until: float | None = None  # the control loop's timeout; None: it is awake
         self.on_streams_wanted: Callable[[int], None] | None = None
         self._pacing: SessionPacing | None = None
-        self._streams_range = streams
+        self._streams_range = profile.streams
+        self._streams_said = False  # by `fix_streams`
         self._may_pace = paced
         self._is_alone = False  # it cannot be paced
         self._chunk_bound: int | None = None
         self._ended = threading.Event()
         self._end_callbacks: list[Callable[[], None]] = []
         self._acceptors[MESSAGE] = self.inbox.accept
+
+    def _chunks_of(self, profile: Profile) -> ChunkTuner:
+        most = self._most_chunk
+        return ChunkTuner(
+            min(profile.chunk_size, most), most=min(most, profile.longest_chunk), least=profile.shortest_chunk
+        )
 
     # ---- the control loop's side ---------------------------------------------------------------
 
@@ -366,6 +373,45 @@ class SessionCore:
             if lane.id in paths
         }
         return self._lane_chunks.observe(looks, self.engine.chunk_size, now) or changed
+
+    def adopt(self, profile: Profile) -> None:
+        """Have what this side sends follow ``profile`` from now on; the lanes go on, and come and go to suit it."""
+        with self.lock:
+            self._profile = profile
+            self.congestion.mode = profile.mode
+            self._chunks = self._chunks_of(profile)
+            if not self._streams_said:
+                self._streams_range = profile.streams
+            self.set_express_locked()
+            self._fit_chunks_locked()
+            workers = self.live_lanes_locked()
+        for worker in workers:
+            worker.choose_congestion()
+        with self.lock:
+            if self._pacing is not None and workers:
+                self._pacing.change(self._pacer_locked(workers[0]))
+            elif workers:
+                self._pace_locked(workers[0])
+            self.kick_locked()
+
+    def set_express_locked(self) -> None:
+        """In hybrid mode the oldest lanes are for short transfers, while there are some for the others."""
+        lanes = self.live_lanes_locked() if self._profile.mode is Mode.HYBRID else []
+        self.engine.set_express(lane.id for lane in lanes[: min(EXPRESS, len(lanes) // 2)])
+
+    @property
+    def is_rate_limited(self) -> bool:
+        """Somebody has asked for a limit to what this side sends."""
+        return any(rate is not None for rate in self._rates)
+
+    def moved(self) -> tuple[int, int]:
+        """Payload bytes sent and received so far, over all lanes there ever were."""
+        with self.lock:
+            live = self.lanes.values()
+            return (
+                self.bytes_sent + sum(worker.bytes_sent for worker in live),
+                self.bytes_received + sum(worker.bytes_received for worker in live),
+            )
 
     def limit_rate(self, rate: float | None) -> None:
         """Send at most ``rate`` bytes/s in all from now on; None: as fast as the lanes take it."""
@@ -629,7 +675,7 @@ class SessionCore:
             return
         for at in range(len(self._idle) - 1, -1, -1):
             worker = self._idle[at]
-            if worker.dead or self.engine.may_send(worker.id):
+            if worker.dead or self.engine.has_chunk_for(worker.id):
                 del self._idle[at]
                 worker.ready.notify()
                 if not worker.dead:
@@ -706,6 +752,7 @@ class SessionCore:
             if self.most_wanted is not None:  # it may have been asked for before fewer were wanted
                 for newest in self.live_lanes_locked()[self.most_wanted :]:
                     newest.leave_locked()  # not who came last: that may be another one on the other side
+            self.set_express_locked()
             self._fit_chunks_locked()
             self._pace_locked(worker)
             self.kick_locked()
@@ -717,25 +764,30 @@ class SessionCore:
         """Have the session paced, from the first lane on that needs it."""
         if self._pacing is not None or self._is_alone:
             return
+        pacer = self._pacer_locked(worker)
+        if pacer is not None:
+            self._pacing = SessionPacing(self, pacer)
+            self._pacing.start()
+
+    def _pacer_locked(self, worker: LaneWorker) -> SessionPacer | None:
+        """What paces a session of lanes as ``worker`` is one; None where each does all that is needed by itself."""
         name = worker.congestion.controller
         if name is not None and self._may_pace:
             try:
                 controller = self.congestion.make_controller(name)
             except AmstError as err:
                 self._pace_not_locked(str(err))
-                return
-            pacer: SessionPacer = ControllerPacer(controller, self._streams_range, polite=self.congestion.polite)
-        elif self.congestion.polite:
+                return None
+            return ControllerPacer(controller, self._streams_range, polite=self.congestion.polite)
+        if self.congestion.polite:
             self._pace_not_locked(worker.congestion.reason)
-            return
-        else:
-            flow = worker.lane.flow_sample()
-            near = flow is not None and (flow.min_rtt_s < FAR_S or not self._may_pace)
-            if flow is None or (near and self._streams_range.fixed):
-                return
-            pacer = GuardPacer(self._streams_range, near=near)
-        self._pacing = SessionPacing(self, pacer)
-        self._pacing.start()
+            return None
+        flow = worker.lane.flow_sample()
+        is_near = flow is not None and flow.min_rtt_s < FAR_S and self._profile.mode is not Mode.INTERNET
+        near = is_near or not self._may_pace
+        if flow is None or (near and self._streams_range.fixed):
+            return None
+        return GuardPacer(self._streams_range, near=near)
 
     def _pace_not_locked(self, why: str) -> None:
         """It cannot be paced; a polite session then has one lane, which is one flow by itself."""
@@ -759,6 +811,7 @@ class SessionCore:
     def fix_streams(self, count: int) -> None:
         """There are to be ``count`` lanes, whatever the path needs: somebody has said so."""
         with self.lock:
+            self._streams_said = True
             self._streams_range = Range(count, count, count)
             if self._pacing is not None:
                 self._pacing.fix_streams(self._streams_range)
@@ -801,6 +854,7 @@ class SessionCore:
                     self.damaged_lanes += isinstance(error, IntegrityError)
                     if not told:
                         self._outbox.append(LaneLost(worker.id, error.kind, error.message))
+            self.set_express_locked()
             self._fit_chunks_locked()
             work = self._work_locked()
             self.kick_locked()

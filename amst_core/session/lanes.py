@@ -90,6 +90,13 @@ class LaneWorker:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
 
+    def choose_congestion(self) -> None:
+        """Have the congestion control that the session's mode calls for now."""
+        try:
+            self.congestion = self._core.congestion.apply(self.lane)
+        except AmstError as err:  # it is about to go
+            _log.debug("stream %d keeps its congestion control: %s", self.id, err)
+
     def send_frame_locked(self, header: FrameHeader, payload: bytes = b"") -> None:
         """Have a PING, PONG, FIN or ACK sent soon (the session's lock held)."""
         self.frames.append((header, payload))
@@ -300,6 +307,7 @@ class LaneWorker:
         """Stop taking chunks, send FIN, and close when the peer's FIN is here too (lock held)."""
         self.leaving = True
         self._core.engine.lane_left(self.id)
+        self._core.set_express_locked()
         self.send_frame_locked(FrameHeader(FrameKind.FIN))
 
     def _half_closed(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import AmstError
 from ..interfaces import FlowSample
-from ..pacing import Pace, Range, SessionPacer
+from ..pacing import GuardPacer, Pace, Range, SessionPacer
 
 if TYPE_CHECKING:
     from .core import SessionCore
@@ -28,6 +28,7 @@ _UNSENT_S: Final = 0.1
 """So much time of what a lane sends may wait in it: what waits in one lane cannot go by another."""
 
 _LEAST_UNSENT: Final = 32 << 10
+_UNBOUNDED: Final = 1 << 30
 _LEAST_CHUNK: Final = 64 << 10
 """A block of a pipe is no shorter."""
 
@@ -47,6 +48,7 @@ class SessionPacing:
     def __init__(self, core: SessionCore, pacer: SessionPacer) -> None:
         self._core = core
         self._pacer = pacer
+        self._next: SessionPacer | None = None
         self._caps: dict[int, float | None] = {}
         self._unsent: dict[int, int] = {}
         self._chunk: int | None = None
@@ -74,6 +76,17 @@ class SessionPacing:
         """There is nothing to choose any more."""
         self._streams = range.start
         self._pacer.tuner.fix(range)
+        if self._next is not None:
+            self._next.tuner.fix(range)
+
+    def change(self, pacer: SessionPacer | None) -> None:
+        """Have ``pacer`` pace the session from the next look on; None: each lane by itself, as many as there are.
+
+        One that would do what the last one does only says how many lanes there may be: that knows the path already.
+        """
+        wanted = self._pacer.tuner.wanted
+        self._next = pacer or GuardPacer(Range(wanted, wanted, wanted), near=True)
+        self._awake.set()
 
     def end(self) -> None:
         """The session has ended."""
@@ -98,6 +111,9 @@ class SessionPacing:
         quiet_since: float | None = None
         while not self._ended:
             now = time.monotonic()
+            if self._next is not None:
+                pacer = self._take_next()
+                patient_until = now + pacer.patience_s
             with core.lock:
                 workers = list(core.lanes.values())  # those that leave as well: they send what they have taken on
                 live = len(core.live_lanes_locked())
@@ -127,6 +143,24 @@ class SessionPacing:
             self._apply(pace.caps, workers)
             self._tell_streams(pace, live, now)
             time.sleep(pacer.tick_s)
+
+    def _take_next(self) -> SessionPacer:
+        """Go on with another pacer; what the last one bounded is free again."""
+        pacer, self._next = self._next, None
+        assert pacer is not None, "there is another one"
+        if self._pacer.goes_on_as(pacer):
+            self._pacer.tuner.bound(pacer.tuner.range)
+            return self._pacer
+        self._pacer = pacer
+        with self._core.lock:
+            workers = list(self._core.lanes.values())
+        for worker in workers:
+            worker.lane.limit_unsent(_UNBOUNDED)
+        self._unsent = {}
+        self._chunk = None
+        self._core.bound_chunks(None)
+        self._streams, self._told_streams = -1, None  # so that both are told
+        return pacer
 
     def _bound_unsent(self, samples: dict[int, FlowSample], workers: list[LaneWorker]) -> None:
         """Keep what waits in each lane, and cannot be moved to another, near what it sends in `_UNSENT_S`."""

@@ -25,18 +25,30 @@ from ..errors import (
 from ..files.entries import Entry, WalkError, from_attributes, normalise_user_path
 from ..files.partial import PartialPolicy
 from ..files.root import Root
-from ..interfaces import SessionMetrics, StreamHealth
+from ..interfaces import Mode, SessionMetrics, StreamHealth
 from ..process import Foreign, own
 from ..units import MIN_RATE
 from ..wire import requests as ops
 from ..wire.frames import FrameHeader, FrameKind
-from ..wire.messages import MESSAGE, Close, LaneGrant, LaneLost, LaneRequest, Message, Reply, Request
+from ..wire.messages import (
+    MESSAGE,
+    Accept,
+    Close,
+    LaneGrant,
+    LaneLost,
+    LaneRequest,
+    Message,
+    Propose,
+    Reply,
+    Request,
+)
 from .control_loop import Connection, ControlLoop
 from .copying import ProgressCallback, Stop, download, raise_first, upload
 from .core import SessionCore
 from .endpoints import MemorySource
 from .health import LaneMonitor
 from .listing import listed
+from .mode import ModeKeeper, ModePlan, ModeState
 from .pipes import PipeReader, Pipes, PipeWriter
 from .requests import PendingRequest, Requests
 from .service import FileService
@@ -63,6 +75,7 @@ DRAIN_LOOK_S: Final = _GONE_S / 4
 
 HEALTH_TIMEOUT_S: Final = 5.0
 ADJUST_TIMEOUT_S: Final = 15.0
+MODE_TIMEOUT_S: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +139,8 @@ class Session:
         verified: bool,
         root: Root | None,
         limits: SessionLimits,
-        mode: str,
+        modes: ModePlan,
+        on_mode_changed: Callable[[Session, Mode, Mode, str], None],
         on_lane_request: Callable[[Session, LaneRequest], None],
         on_end: Callable[[Session], None],
     ) -> None:
@@ -148,7 +162,8 @@ class Session:
         self.requests = Requests(core)
         self._service = FileService(core, root)
         self._pipes = Pipes(core)
-        self._telemetry = Telemetry(core, session_id=session_id, mode=mode)
+        self._modes = ModeKeeper(core, modes, lambda old, new, why: on_mode_changed(self, old, new, why))
+        self._telemetry = Telemetry(core, self._modes, session_id=session_id)
         self._monitor = LaneMonitor(core, interval_s=limits.check_interval_s, stuck_s=limits.stuck_s)
         self._loop = ControlLoop(
             core, channel, self._handle, tick=self._tick, next_tick=self._next_tick, timeout_s=limits.timeout_s
@@ -165,11 +180,13 @@ class Session:
     def forked(self, foreign: Foreign) -> None:
         """This is a forked child's copy: refuse to work."""
         self._foreign = foreign
-        self.core = self.requests = self._telemetry = self._monitor = self._pipes = foreign  # type: ignore[assignment]
+        self.core = self.requests = self._telemetry = self._monitor = foreign  # type: ignore[assignment]
+        self._pipes = self._modes = foreign  # type: ignore[assignment]
 
     def start(self) -> None:
         """Begin to exchange messages; called once, by whoever made the session."""
         self._loop.start()
+        self._modes.begin()
 
     # ---- the control channel, when it is replaced (for `api`) ------------------------------------
 
@@ -203,6 +220,7 @@ class Session:
         self._telemetry.sample(now)
         self._monitor.tick(now)
         self.core.look_for_late(now)
+        self._modes.tick(now)
 
     def _next_tick(self) -> float:
         return self._monitor.deadline
@@ -429,6 +447,28 @@ class Session:
         finally:
             self._adjusting.release()
 
+    @property
+    def mode(self) -> ModeState:
+        """The mode that the session is in, and why."""
+        return self._modes.state
+
+    def force_mode(self, mode: Mode | str, *, timeout: float = MODE_TIMEOUT_S) -> None:
+        """Be in ``mode``, whatever the path calls for, until `release_mode`; returns when both sides are.
+
+        What is under way goes on meanwhile.
+
+        Raises:
+            UsageError: there is no such mode.
+            RefusedError: another mode is forced at the server.
+            DeadlineError: the peer has not answered within ``timeout`` seconds.
+            AmstError: the session has ended.
+        """
+        self._modes.force(as_mode(mode), timeout)
+
+    def release_mode(self) -> None:
+        """Have the path decide about the mode again."""
+        self._modes.release()
+
     def health_check(self, timeout: float = HEALTH_TIMEOUT_S) -> HealthReport:
         """Ask the peer for a sign of life on every stream and wait for the answers.
 
@@ -628,6 +668,7 @@ class Session:
     def _session_failed(self, error: AmstError) -> None:
         self.requests.end(error)
         self._pipes.end()
+        self._modes.end()
         if self.opener is not None:
             self.opener.end()
 
@@ -646,6 +687,10 @@ class Session:
                 self.core.lane_given_up(incarnation, told)
                 if self.on_lane_lost is not None:
                     self.on_lane_lost(incarnation)
+            case Propose():
+                self._modes.proposed(message)
+            case Accept():
+                self._modes.accepted(message)
             case Request():
                 self._service.handle(message)
             case Reply():
@@ -656,6 +701,14 @@ class Session:
                 self.core.fail(ended if kind else closed)
             case _:
                 self.core.receive(message)
+
+
+def as_mode(mode: Mode | str) -> Mode:
+    """The mode of that name; raises `UsageError` when there is none."""
+    try:
+        return Mode(mode)
+    except ValueError:
+        raise UsageError(f"no mode {str(mode)[:32]!r}; there are {', '.join(one.value for one in Mode)}") from None
 
 
 def check_channel(channel: str) -> None:

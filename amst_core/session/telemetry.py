@@ -9,6 +9,7 @@ from typing import Final
 from ..interfaces import PathStats, SessionMetrics
 from .core import SessionCore
 from .loss import MIN_SEGMENTS
+from .mode import ModeKeeper
 
 _WINDOW_S: Final = 5.0
 _STEP_S: Final = 0.5
@@ -17,16 +18,16 @@ _STEP_S: Final = 0.5
 class Telemetry:
     """Computes `SessionMetrics` (requirements A2, A3). Thread-safe by reading each counter once."""
 
-    def __init__(self, core: SessionCore, *, session_id: str, mode: str) -> None:
+    def __init__(self, core: SessionCore, modes: ModeKeeper, *, session_id: str) -> None:
         self._core = core
+        self._modes = modes
         self._session_id = session_id
-        self._mode = mode
         self._history: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)], maxlen=64)
 
     def sample(self, now: float) -> None:
         """Remember the totals; called while traffic moves, cheap when called too often."""
         if now - self._history[-1][0] >= _STEP_S:
-            self._history.append((now, *self._totals()))
+            self._history.append((now, *self._core.moved()))
 
     def read(self, last_health_check: float | None) -> SessionMetrics:
         """The numbers now."""
@@ -38,16 +39,19 @@ class Telemetry:
             shown = core.streams.shown()
         streams = tuple(stream.health() for stream in shown)
         paths = [stream.path for stream in streams]
-        sent, received = self._totals()
+        sent, received = self._core.moved()
         throughput = self._throughput(now, sent, received)
         congestion = sorted({path.congestion for path in paths if path.congestion})
         in_force = [stream.congestion for stream in streams if stream.congestion is not None]
         backends = sorted({one.backend for one in in_force if one.backend is not None})
+        mode = self._modes.state
         return SessionMetrics(
             session_id=self._session_id,
             remote_addr=core.peer,
             transport_type="+".join(sorted({stream.transport for stream in streams})),
-            mode=self._mode,
+            mode=mode.mode.value,
+            mode_reason=mode.reason,
+            switches=mode.switches,
             congestion="+".join(congestion) or None,
             congestion_backend="+".join(backends) or None,
             congestion_reason="; or ".join(sorted({one.reason for one in in_force})) or None,
@@ -68,15 +72,6 @@ class Telemetry:
             last_health_check=last_health_check,
             streams=streams,
         )
-
-    def _totals(self) -> tuple[int, int]:
-        core = self._core
-        with core.lock:
-            live = core.lanes.values()
-            return (
-                core.bytes_sent + sum(worker.bytes_sent for worker in live),
-                core.bytes_received + sum(worker.bytes_received for worker in live),
-            )
 
     def _throughput(self, now: float, sent: int, received: int) -> float:
         """Bytes/s of the larger direction over the last five seconds (or since the last sample before them)."""

@@ -14,12 +14,25 @@ from typing import Final, TypeAlias
 
 from ..congestion import AUTO, NAME, Backend
 from ..errors import UsageError
-from ..units import MIN_RATE, format_duration, format_rate, format_size, parse_duration, parse_rate, parse_size
+from ..interfaces import Mode
+from ..units import (
+    MIN_RATE,
+    format_duration,
+    format_rate,
+    format_size,
+    parse_duration,
+    parse_rate,
+    parse_share,
+    parse_size,
+)
 
 Value: TypeAlias = int | float | bool | str
 
 PREFIX: Final = "AMST_"
 """What the names of environment variables start with."""
+
+THRESHOLD: Final = "threshold"
+"""The name of the core's own mode detector."""
 
 PLUGINS: Final = "plugins"
 """The section that is handed to plugins as it is: ``plugins.<name>.<option>``."""
@@ -47,6 +60,7 @@ class Kind(enum.StrEnum):
     SIZE = "size"
     RATE = "rate"
     DURATION = "duration"
+    SHARE = "share"
     FLAG = "true or false"
     WORD = "word"
     NAME = "name"
@@ -88,7 +102,7 @@ class Key:
         if self.kind in (Kind.WORD, Kind.NAME):
             return self.bounds
         unit = " KiB" if self.kind is Kind.KIB else ""
-        whats = {Kind.SIZE: "a size", Kind.RATE: "a rate", Kind.DURATION: "a duration"}
+        whats = {Kind.SIZE: "a size", Kind.RATE: "a rate", Kind.DURATION: "a duration", Kind.SHARE: "a share"}
         what = whats.get(self.kind, "an integer")
         return f"{what} from {self.bounds}{unit}, such as {self.example}"
 
@@ -130,6 +144,8 @@ class Key:
             return decimal if parse_rate(decimal) == value else f"{format_size(int(value))}/s"
         if self.kind is Kind.DURATION:
             return format_duration(value)
+        if self.kind is Kind.SHARE:
+            return f"{value * 100:g}%"
         return str(int(value) // _KIB if self.kind is Kind.KIB else value)
 
     def _read(self, value: object) -> Value | None:
@@ -149,6 +165,8 @@ class Key:
             return parse_duration(value)
         if self.kind is Kind.RATE:
             return parse_rate(value)
+        if self.kind is Kind.SHARE:
+            return parse_share(value)
         if isinstance(value, float):
             return None
         if self.kind is Kind.SIZE:
@@ -197,6 +215,27 @@ KEYS: Final = (
         help="How long sending on a stream may make no progress before it counts as broken."),
     Key("transport.amst.health_check_interval", Kind.DURATION, 10.0, low=0.1, high=_HOUR_S, example="5s",
         help="How often each stream is asked for a sign of life; after an error all are asked at once."),
+    Key("transport.modes.mode", Kind.WORD, AUTO, words=(AUTO, *(mode.value for mode in Mode)), example="internet",
+        help="The mode of a session, whatever its path calls for; a server's comes before what its clients ask for."
+             " auto: the one that its path calls for."),
+    Key("transport.modes.auto_mode", Kind.FLAG, True, example="false",
+        help="The mode follows the path while a session lasts; when false it stays the one that the round trip called"
+             " for at its beginning."),
+    Key("transport.modes.mode_check_interval", Kind.DURATION, 5.0, low=1.0, high=_HOUR_S, example="10s",
+        help="How often what the detector finds may change the mode."),
+    Key("transport.modes.detector", Kind.NAME, AUTO, words=(AUTO, THRESHOLD), example="threshold",
+        help="Who finds the mode that a path calls for: the detector of a plugin, where one is installed (auto), else"
+             " the core's own, which goes by the four thresholds that follow."),
+    Key("transport.modes.datacenter_latency", Kind.DURATION, 0.010, low=0.0001, high=1.0, example="5ms",
+        help="A shorter round trip is a datacenter's, until it is longer by a fifth."),
+    Key("transport.modes.internet_latency", Kind.DURATION, 0.050, low=0.0001, high=10.0, example="30ms",
+        help="A longer round trip is the internet's, until it is shorter by a fifth; at least"
+             " `transport.modes.datacenter_latency`."),
+    Key("transport.modes.datacenter_bandwidth", Kind.RATE, 125e6, low=125e3, high=125e9, example="10Gbit/s",
+        help="The least rate of a datacenter's link. What a session carries over it is less: below three quarters it is"
+             " the internet's, from nine tenths on not."),
+    Key("transport.modes.internet_loss", Kind.SHARE, 0.01, low=0.0001, high=0.5, example="2%",
+        help="A path that loses more is the internet's, until it is half of that."),
     Key("transport.modes.datacenter_streams", Kind.COUNT, 16, low=1, high=512, example="32",
         help="Streams a session starts with in datacenter mode; from `transport.amst.min_streams` to"
              " `transport.amst.max_streams`, and the default moves into that range."),
@@ -247,6 +286,7 @@ BY_NAME: Final[Mapping[str, Key]] = MappingProxyType({key.name: key for key in K
 
 RELATIONS: Final = (
     Relation("transport.amst.min_streams", "transport.amst.max_streams"),
+    Relation("transport.modes.datacenter_latency", "transport.modes.internet_latency"),
     Relation(
         "transport.amst.min_streams",
         "transport.modes.datacenter_streams",

@@ -28,8 +28,19 @@ class AmstSettings:
 
 @dataclass(frozen=True, slots=True)
 class ModeSettings:
-    """``transport.modes.*``: what each mode starts with."""
+    """``transport.modes.*``: what decides about the mode, and what each starts with; ``mode`` is ``auto`` or a `Mode`.
 
+    Seconds, bytes/s and a share of what is sent.
+    """
+
+    mode: str
+    auto_mode: bool
+    mode_check_interval: float
+    detector: str
+    datacenter_latency: float
+    internet_latency: float
+    datacenter_bandwidth: float
+    internet_loss: float
     datacenter_streams: int
     internet_streams: int
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from ..errors import UsageError
 from .conformance import Conformance, ConformanceError
 from .controllers import CONTROLLER_RULES, check_controller
+from .detectors import DETECTOR_RULES, check_detector
 from .faults import Cut, Delay, Direction, End, Fail, Fault, FaultyLane, Flip, Stall, faulty
 from .lanes import LANE_RULES, check_lane_pair
 from .memory import MemoryLane, MemoryNetwork, MemoryTransport, memory_lane_pair
@@ -33,6 +34,7 @@ __all__ = [
     "RenoController",
     "Stall",
     "check_controller",
+    "check_detector",
     "check_lane_pair",
     "check_transport",
     "faulty",
@@ -44,21 +46,28 @@ __all__ = [
 _OF_LANES = {rule.name: rule.promise for rule in LANE_RULES}
 _OF_TRANSPORTS = {rule.name: rule.promise for rule in TRANSPORT_RULES} | _OF_LANES
 _OF_CONTROLLERS = {rule.name: rule.promise for rule in CONTROLLER_RULES}
+_OF_DETECTORS = {rule.name: rule.promise for rule in DETECTOR_RULES}
 
 
 def rules(check: Callable[..., Conformance] | None = None) -> dict[str, str]:
     """Every rule by name, in the order in which they are tried, with what it asks for in a line.
 
-    ``check`` asks for those that one of `check_transport`, `check_lane_pair` and `check_controller` tries.
+    ``check`` asks for those that one of them tries: `check_transport`, `check_lane_pair`, `check_controller` or
+    `check_detector`.
 
     Raises:
         UsageError: ``check`` is none of them.
     """
     if check is None:
-        return _OF_TRANSPORTS | _OF_CONTROLLERS
+        return _OF_TRANSPORTS | _OF_CONTROLLERS | _OF_DETECTORS
     for one, tried in (
-        (check_transport, _OF_TRANSPORTS), (check_lane_pair, _OF_LANES), (check_controller, _OF_CONTROLLERS),
-    ):  # fmt: skip
+        (check_transport, _OF_TRANSPORTS),
+        (check_lane_pair, _OF_LANES),
+        (check_controller, _OF_CONTROLLERS),
+        (check_detector, _OF_DETECTORS),
+    ):
         if check is one:
             return dict(tried)
-    raise UsageError(f"rules: {check!r} is no check; pass check_transport, check_lane_pair or check_controller")
+    raise UsageError(
+        f"rules: {check!r} is no check; pass check_transport, check_lane_pair, check_controller or check_detector"
+    )

@@ -245,6 +245,35 @@ class Pong:
 
 
 @dataclass(frozen=True, slots=True)
+class Propose:
+    """Opener: let the session be in ``mode`` from ``epoch`` on, which rises. Acceptor: please propose that.
+
+    ``forced``: somebody has said so. ``streams``, ``least`` and ``most``: how many the acceptor has for what it sends
+    then, to begin with and later; the opener reads nothing into them.
+    """
+
+    TYPE: ClassVar[int] = 18
+    epoch: U32
+    mode: Text
+    forced: Truth
+    streams: U16
+    least: U16
+    most: U16
+    reason: Prose
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Acceptor: the session is in ``mode`` from ``epoch`` on; another one than was proposed where it is forced here."""
+
+    TYPE: ClassVar[int] = 19
+    epoch: U32
+    mode: Text
+    forced: Truth
+    reason: Prose
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """The session ends; an empty ``kind`` is an orderly end."""
 
@@ -292,14 +321,11 @@ class Seen:
 
 Message: TypeAlias = (
     Hello | Proof | Params | LaneRequest | LaneGrant | LaneLost | Open | Opened | Ack | Credit | End | Result | Reset
-    | Request | Reply | Ping | Pong | Close | Missing | Same | Resume | Seen
+    | Request | Reply | Ping | Pong | Propose | Accept | Close | Missing | Same | Resume | Seen
 )  # fmt: skip
 
 UNCOUNTED: Final = (Ack, Credit, Ping, Pong, Close, Seen)
 """Messages that are not sent again after the control channel was lost: later ones make up for them."""
-
-RESERVED: Final = {18: "PROPOSE", 19: "ACCEPT"}
-"""Numbers kept for what is designed and not built yet."""
 
 
 def _codecs(message: type[Any]) -> tuple[tuple[str, Codec], ...]:
@@ -324,9 +350,7 @@ def decode(type_number: int, body: bytes) -> Message:
         ProtocolError: unknown type, a field out of bounds, or bytes left over.
     """
     if type_number not in _MESSAGES:
-        reserved = RESERVED.get(type_number)
-        what = f"({reserved}) is not built yet" if reserved else "is unknown"
-        raise ProtocolError(f"message type {type_number} {what}")
+        raise ProtocolError(f"message type {type_number} is unknown")
     cls, codecs = _MESSAGES[type_number]
     reader = Reader(body)
     try:

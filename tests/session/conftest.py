@@ -54,6 +54,7 @@ class Net:
         address: str = "127.0.0.1:0",
         on_session: Callable[[Session], None] | None = None,
         plugins: Plugins | None = None,
+        mode: str | None = None,
         **overrides: object,
     ) -> Server:
         """A server in its own state directory; settings are written ``limits__memory="32MiB"``."""
@@ -64,6 +65,7 @@ class Net:
             state_dir=self.state_dir,
             on_session=on_session,
             plugins=plugins,
+            mode=mode,
         )
         self._stack.callback(_close_server, server)
         return server
@@ -83,6 +85,7 @@ class Net:
         congestion: str | None = None,
         max_streams: int | None = None,
         polite: bool = False,
+        mode: str | None = None,
         **overrides: object,
     ) -> Session:
         """A session with ``server``, once all its streams are up."""
@@ -99,6 +102,7 @@ class Net:
             congestion=congestion,
             max_streams=max_streams,
             polite=polite,
+            mode=mode,
         )
         self._stack.callback(session.abort)
         if wait and streams is not None:

@@ -11,7 +11,14 @@ import pytest
 from leftovers import no_leftovers
 
 from amst_core.errors import UsageError
-from amst_core.testing import ConformanceError, RenoController, check_controller, check_transport, rules
+from amst_core.testing import (
+    ConformanceError,
+    RenoController,
+    check_controller,
+    check_detector,
+    check_transport,
+    rules,
+)
 from amst_core.testing.controllers import CONTROLLER_RULES
 
 NAMES = [rule.name for rule in CONTROLLER_RULES]
@@ -28,7 +35,7 @@ def nothing_left() -> Iterator[None]:
 def test_every_rule_of_controllers_has_a_mutant() -> None:
     assert list(broken_controllers.MUTANTS) == NAMES
     assert list(rules(check_controller)) == NAMES
-    assert list(rules()) == [*rules(check_transport), *NAMES]
+    assert list(rules()) == [*rules(check_transport), *NAMES, *rules(check_detector)]
     with pytest.raises(UsageError, match="is no check"):
         rules(rules)  # type: ignore[arg-type]
 

@@ -136,7 +136,7 @@ def test_a_body_cut_short_or_with_bytes_left_over_is_refused(raw):
 
 def test_other_types_are_refused():
     for number in set(range(256)) - NUMBERS:
-        with pytest.raises(ProtocolError, match=f"type {number} .*{messages.RESERVED.get(number, 'is unknown')}"):
+        with pytest.raises(ProtocolError, match=f"type {number} is unknown"):
             decode(number, b"")
 
 

@@ -27,6 +27,7 @@ _FIELDS: Final = {
     "min_rtt_us": (148, struct.Struct("=I")),
     "data_segs_out": (156, struct.Struct("=I")),
     "delivery_rate": (160, struct.Struct("=Q")),
+    "rwnd_limited_us": (176, struct.Struct("=Q")),
     "bytes_retrans": (208, struct.Struct("=Q")),
 }
 """Offset and type of each field used here."""
@@ -83,6 +84,7 @@ def decode_tcp_info(info: bytes, *, congestion: str | None) -> PathStats:
         bytes_received=found.get("bytes_received"),
         # what the peer's window has no room for is not among them: its kernel answers, its program is busy
         bytes_waiting=found["unacked"] * (mss or 1) if "unacked" in found else None,
+        peer_limited_s=found["rwnd_limited_us"] / 1e6 if "rwnd_limited_us" in found else None,
         mss=mss,
         congestion=congestion,
     )

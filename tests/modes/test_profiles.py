@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from amst_core.api.profiles import agreed_streams, first_mode, profile
-from amst_core.control.handshake import Wish
 from amst_core.interfaces import Mode
+from amst_core.modes import agreed_streams, first_mode, first_reason, profile
 from amst_core.pacing import Range
 from amst_core.settings.load import load_settings
 
@@ -25,7 +24,7 @@ def test_the_round_trip_decides(rtt_s: float | None, mode: str) -> None:
     [
         (Mode.DATACENTER, (16, 1024 * KIB, 4096 * KIB, None)),
         (Mode.INTERNET, (8, 256 * KIB, 512 * KIB, 16 * KIB)),
-        (Mode.HYBRID, (16, 1024 * KIB, 4096 * KIB, None)),
+        (Mode.HYBRID, (10, 256 * KIB, 512 * KIB, 16 * KIB)),
     ],
 )
 def test_by_default(mode: Mode, expected: tuple[object, ...]) -> None:
@@ -49,7 +48,7 @@ def test_the_default_moves_into_the_bounds(bound: str, streams: int) -> None:
 def test_nothing_is_tuned_where_the_settings_say_so() -> None:
     settings = load_settings(environ={}, overrides={"transport.amst.auto_tune": False})
     assert profile(Mode.INTERNET, settings).streams == Range(8, 8, 8)
-    assert agreed_streams(Wish(False, 8, ("tcp",), least_streams=4, most_streams=16), settings) == Range(8, 8, 8)
+    assert agreed_streams(Range(8, 4, 16), settings) == Range(8, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +66,22 @@ def test_how_many_streams_there_may_be_on_the_internet(asked: dict[str, int], fo
     assert profile(Mode.INTERNET, load_settings(environ={}), **asked).streams == found
 
 
+def test_hybrid_has_the_streams_of_the_internet_and_two_for_what_is_short() -> None:
+    assert profile(Mode.HYBRID, load_settings(environ={})).streams == Range(10, 6, 18)
+
+
+@pytest.mark.parametrize(
+    ("rtt_s", "why"),
+    [
+        (None, "the round trip is not known"),
+        (0.05, "the round trip of 50ms is not above 50ms"),
+        (0.0801, "the round trip of 80.1ms is above 50ms"),
+    ],
+)
+def test_why_it_begins_so(rtt_s: float | None, why: str) -> None:
+    assert first_reason(rtt_s) == why
+
+
 def test_a_datacenter_has_from_one_to_all() -> None:
     assert profile(Mode.DATACENTER, load_settings(environ={})).streams == Range(16, 1, 256)
     few = load_settings(environ={}, overrides={"transport.amst.min_streams": 4, "transport.amst.max_streams": 8})
@@ -76,13 +91,13 @@ def test_a_datacenter_has_from_one_to_all() -> None:
 @pytest.mark.parametrize(
     ("wish", "found"),
     [
-        (Wish(False, 8, ("tcp",), least_streams=4, most_streams=16), Range(8, 4, 10)),
-        (Wish(False, 2, ("tcp",)), Range(2, 2, 2)),
-        (Wish(False, 64, ("tcp",), least_streams=64, most_streams=64), Range(10, 10, 10)),
-        (Wish(False, 0, ("tcp",), least_streams=0, most_streams=0), Range(1, 1, 1)),
+        (Range(8, 4, 16), Range(8, 4, 10)),
+        (Range(2, 2, 2), Range(2, 2, 2)),
+        (Range(64, 64, 64), Range(10, 10, 10)),
+        (Range(0, 0, 0), Range(1, 1, 1)),
     ],
     ids=["a range", "a number", "more than there may be", "none"],
 )
-def test_a_server_has_what_the_client_wishes_within_its_own_bounds(wish: Wish, found: Range) -> None:
+def test_a_server_has_what_the_client_wishes_within_its_own_bounds(wish: Range, found: Range) -> None:
     settings = load_settings(environ={}, overrides={"transport.amst.max_streams": 10})
     assert agreed_streams(wish, settings) == found

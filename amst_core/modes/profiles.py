@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from ..control.handshake import Wish
 from ..interfaces import Mode
 from ..pacing import Range
 from ..settings.values import Settings
+from ..units import format_duration
 
 FAR_S: Final = 0.050
 """A round trip above this is the internet's, as long as nothing more is known of the path (requirements F2)."""
+
+EXPRESS: Final = 2
+"""Streams that a hybrid session keeps for short transfers, if it has as many for the others."""
 
 _INTERNET_LEAST: Final = 4
 _INTERNET_MOST: Final = 16
@@ -41,32 +44,41 @@ def first_mode(rtt_s: float | None) -> Mode:
     return Mode.INTERNET if rtt_s is not None and rtt_s > FAR_S else Mode.DATACENTER
 
 
-def agreed_streams(wish: Wish, settings: Settings) -> Range:
+def first_reason(rtt_s: float | None) -> str:
+    """Why that."""
+    if rtt_s is None:
+        return "the round trip is not known"
+    where = "above" if rtt_s > FAR_S else "not above"
+    return f"the round trip of {format_duration(rtt_s)} is {where} {format_duration(FAR_S)}"
+
+
+def agreed_streams(wished: Range, settings: Settings) -> Range:
     """How many streams a server has for what it sends to a client: what that wishes for, within its own bounds."""
     most = settings.transport.amst.max_streams
-    asked = max(1, wish.streams)
+    asked = max(1, wished.start)
     start = min(asked, most)
-    least = asked if wish.least_streams is None else wish.least_streams
     if not settings.transport.amst.auto_tune:
         return Range(start, start, start)
-    return Range(start, max(1, min(least, start)), max(start, min(wish.most_streams or asked, most)))
+    return Range(start, max(1, min(wished.least, start)), max(start, min(wished.most, most)))
 
 
 def profile(mode: Mode, settings: Settings, *, streams: int | None = None, max_streams: int | None = None) -> Profile:
-    """The profile of ``mode``; chunks are never longer than ``transport.amst.chunk_size_kb`` asks for at first.
+    """The profile of ``mode``; hybrid has the internet's, and streams for short transfers besides.
 
+    Chunks are never longer than ``transport.amst.chunk_size_kb`` asks for at first.
     ``streams``: so many and no others; ``max_streams``: more than the mode has by itself, or fewer, as far as
     ``transport.amst.max_streams`` goes.
     """
     amst, modes = settings.transport.amst, settings.transport.modes
-    internet = mode is Mode.INTERNET
+    internet = mode is not Mode.DATACENTER
+    apart = EXPRESS if mode is Mode.HYBRID else 0
     if streams is not None:
         range = Range(streams, streams, streams)
     else:
-        start = modes.internet_streams if internet else modes.datacenter_streams
-        usual = max(start, _INTERNET_MOST if internet else amst.max_streams)
+        start = modes.internet_streams + apart if internet else modes.datacenter_streams
+        usual = max(start, _INTERNET_MOST + apart if internet else amst.max_streams)
         most = min(amst.max_streams, usual if max_streams is None else max_streams)
-        least = max(amst.min_streams, min(start, _INTERNET_LEAST if internet else 1))
+        least = max(amst.min_streams, min(start, _INTERNET_LEAST + apart if internet else 1))
         start = min(start, most)
         range = Range(start, min(least, most), most) if amst.auto_tune else Range(start, start, start)
     if internet:
