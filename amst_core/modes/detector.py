@@ -21,7 +21,7 @@ _ENOUGH: Final = HISTORY // 2
 _ENOUGH_LOSSES: Final = 3
 
 DWELL_S: Final = 10.0
-"""A mode that has come stays for so long at least."""
+"""A mode does not go back to the one before it for so long at least."""
 
 SETTLED_S: Final = 60.0
 """Before, it goes only for what is beyond a threshold by `_MARGIN`: noise at one changes it once a minute at most."""
@@ -73,20 +73,23 @@ class ThresholdDetector(ModeDetector):
         self._far = _Trigger(on_above=bounds.far_s, off_below=bounds.far_s * _LEAVE_FAR)
         self._fast = _Trigger(on_above=bounds.fast * _RISE, off_below=bounds.fast * _FALL, on=True)
         self._lossy = _Trigger(on_above=bounds.lossy, off_below=bounds.lossy * _LEAVE_LOSSY)
-        self._mode: Mode | None = None
+        self._decision: ModeDecision | None = None
+        self._came_from: Mode | None = None
         self._changed_at = -math.inf  # by this detector: the first mode is nobody's change
 
     def update(self, sample: PathSample, *, now: float) -> ModeDecision:
         self._samples.append(sample)
         stayed_s = now - self._changed_at
-        if stayed_s >= DWELL_S:
-            self._look(1.0 if stayed_s >= SETTLED_S else _MARGIN)
-        fitting = self._fitting
-        if self._mode is not None and fitting is not self._mode:
-            self._changed_at = now
-        self._mode = fitting
+        self._look(1.0 if stayed_s >= SETTLED_S else _MARGIN)
+        fitting, last = self._fitting, self._decision
         tier = None if self._latency is None else tier_of(self._latency)
-        return ModeDecision(fitting, tier, "; ".join(self._reasons()))
+        if last is not None and fitting is not last.mode:
+            if fitting is self._came_from and stayed_s < DWELL_S:
+                self._decision = replace(last, tier=tier)
+                return self._decision
+            self._came_from, self._changed_at = last.mode, now
+        self._decision = ModeDecision(fitting, tier, "; ".join(self._reasons()))
+        return self._decision
 
     def _look(self, margin: float) -> None:
         """Have the triggers see what the samples come to."""

@@ -18,7 +18,8 @@ from amst_core.cli.main import main
 KEYS = [
     "ok", "bytes", "files", "seconds", "setup_seconds", "throughput_bytes_per_s", "transport", "mode", "streams",
     "congestion", "congestion_backend", "encrypted", "verified", "retransmitted_bytes", "resumed_bytes",
-    "lane_failures", "switches", "reason", "failed", "error", "congestion_reason", "streams_reason", "lanes",
+    "lane_failures", "switches", "reason", "failed", "error", "congestion_reason", "streams_reason",
+    "mode_reason", "lanes",
 ]  # fmt: skip
 
 

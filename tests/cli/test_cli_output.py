@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import sys
+import time
 
 import pytest
 from waiting import wait_until
@@ -13,7 +14,9 @@ from waiting import wait_until
 from amst_core.cli import logs, output
 from amst_core.cli.output import Failure, Report, clock, count, rate, size, summary
 from amst_core.cli.progress import Display, Meter, words
+from amst_core.interfaces import Mode
 from amst_core.session.copying import CopyProgress
+from amst_core.session.mode import ModeState
 
 
 @pytest.mark.parametrize(
@@ -128,8 +131,14 @@ class Numbers:
 
 
 class Session:
+    switches = 0
+
     def metrics(self):
         return Numbers()
+
+    @property
+    def mode(self):
+        return ModeState(Mode.INTERNET, "", time.monotonic(), self.switches, None, forced_by_peer=False, tier=3)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -147,6 +156,31 @@ def test_a_display_draws_the_latest_state_and_its_troubles_stay_its_own(fails):
         display.close()
     assert view.closed
     assert not fails or len(view.drawn) == 1
+
+
+def test_a_change_of_the_mode_is_shown_for_a_while(monkeypatch):
+    drawn: list[str] = []
+
+    class View:
+        every_s = 0.01
+
+        def draw(self, progress, bytes_per_s, streams):
+            drawn.append(streams)
+
+        def close(self):
+            pass
+
+    session = Session()
+    display = Display(View(), session)  # type: ignore[arg-type]
+    try:
+        display.update(CopyProgress(1, 2, 0, 1))
+        wait_until(lambda: drawn and drawn[-1] == "3 tcp streams", "what is usual")
+        session.switches = 1
+        wait_until(lambda: drawn[-1] == "3 tcp streams, now internet", "the news")
+        monkeypatch.setattr("amst_core.cli.progress._NEWS_S", -1.0)
+        wait_until(lambda: drawn[-1] == "3 tcp streams", "what is usual again")
+    finally:
+        display.close()
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,8 @@ def test_a_path_that_becomes_another_kind_and_back(lab: Any, tmp_path: FilePath)
             for sender in senders:
                 sender.check()
             copies = copying.outcome()
-            assert copies > 0 and near.mode.switches == 2
+            assert copies > 0
+            assert 2 <= near.mode.switches <= 3, "by way of hybrid, perhaps, while the round trip becomes longer"
             assert near.metrics().lane_failures == 0
             expected = hashlib.sha256(source.read_bytes()).digest()
             for name in {f"copy{number % 3}" for number in range(copies)}:

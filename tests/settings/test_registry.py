@@ -37,7 +37,7 @@ def fields_of(cls: type, path: str = "") -> dict[str, type]:
 def test_every_key_has_its_field_of_its_type_and_every_field_its_key() -> None:
     types = {
         Kind.COUNT: int, Kind.KIB: int, Kind.SIZE: int, Kind.DURATION: float, Kind.FLAG: bool, Kind.WORD: str,
-        Kind.NAME: str, Kind.RATE: float,
+        Kind.NAME: str, Kind.RATE: float, Kind.SHARE: float,
     }  # fmt: skip
     assert {f"{key.section}.{key.field}": types[key.kind] for key in KEYS} == fields_of(Settings)
 
@@ -62,7 +62,7 @@ def test_a_key_accepts_its_own_default_bounds_and_example(key: Key) -> None:
 def test_a_key_refuses_what_is_just_outside_its_bounds(key: Key) -> None:
     unit = 1024 if key.kind is Kind.KIB else 1
     for value in ((key.low - unit) / unit, (key.high + unit) / unit):
-        written = value if key.kind is Kind.DURATION else int(value)
+        written = value if key.kind in (Kind.DURATION, Kind.SHARE) else int(value)
         with pytest.raises(UsageError, match="must be"):
             key.parse(written)
 
