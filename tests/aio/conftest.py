@@ -71,7 +71,11 @@ class Net:
 
     @staticmethod
     def settings(**overrides: object) -> Settings:
-        quick: dict[str, object] = {"limits.handshake_timeout": "5s", "limits.session_timeout": "4s"}
+        quick: dict[str, object] = {
+            "limits.handshake_timeout": "5s",
+            "limits.session_timeout": "4s",
+            "transport.modes.auto_mode": False,
+        }
         return load_settings(
             environ={}, overrides={**quick, **{key.replace("__", "."): value for key, value in overrides.items()}}
         )

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.needs_transport
 
 MIB = 1 << 20
 KIB = 1 << 10
+FOLLOWS: dict[str, Any] = {"transport__modes__auto_mode": True}
 DATACENTER, INTERNET, HYBRID = Mode.DATACENTER, Mode.INTERNET, Mode.HYBRID
 
 
@@ -360,8 +361,8 @@ def test_what_a_server_must_not_say(net: Any) -> None:
 def test_who_sends_is_who_finds_the_mode(net: Any, spawn: Any, who: int) -> None:
     says = Says()
     plugin = Makes(says)
-    side = {"plugins": plugins_with(says, plugin), "transport__modes__mode_check_interval": "1s"}
-    pair = net.pair(**{("client", "server")[who]: side})
+    side = {**FOLLOWS, "plugins": plugins_with(says, plugin), "transport__modes__mode_check_interval": "1s"}
+    pair = net.pair(**{"client": FOLLOWS, "server": FOLLOWS, ("client", "server")[who]: side})
     sender, receiver = pair.ends[who], pair.ends[1 - who]
     stop = threading.Event()
 
@@ -426,7 +427,7 @@ def test_a_detector_that_fails_is_replaced_by_the_cores_own(
     net: Any, caplog: pytest.LogCaptureFixture, detector: type[Says]
 ) -> None:
     one = detector(INTERNET)
-    near = net.connect(net.server(), plugins=plugins_with(one))
+    near = net.connect(net.server(), plugins=plugins_with(one), **FOLLOWS)
     net.wait_until(lambda: near._modes._detector.name == "threshold", "the core's own")
     assert len(one.samples) == 1
     assert f"mode detector {one.name} failed; the core's own decides" in caplog.text
@@ -437,13 +438,13 @@ def test_several_detectors_must_be_chosen_from(net: Any) -> None:
     plugins = plugins_with(Says(INTERNET))
     plugins.register(Makes(Breaks()), "amst.mode", "breaks")
     with pytest.raises(UsageError, match=r"several mode detectors are installed \(breaks, says\)"):
-        net.server(plugins=plugins)
-    server = net.server(plugins=plugins, transport__modes__detector="threshold")
-    near = net.connect(server)
+        net.server(plugins=plugins, **FOLLOWS)
+    server = net.server(plugins=plugins, transport__modes__detector="threshold", **FOLLOWS)
+    near = net.connect(server, **FOLLOWS)
     assert near._modes._detector.name == "threshold"
 
 
 def test_a_detector_that_is_not_installed_is_a_warning(net: Any, caplog: pytest.LogCaptureFixture) -> None:
-    near = net.connect(net.server(), transport__modes__detector="oracle")
+    near = net.connect(net.server(), transport__modes__detector="oracle", **FOLLOWS)
     assert "no installed plugin offers mode detector 'oracle'" in caplog.text
     assert near._modes._detector.name == "threshold"

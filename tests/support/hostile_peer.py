@@ -55,7 +55,7 @@ def resident() -> int:
 
 
 def settings_with(overrides: dict[str, object]) -> Settings:
-    return load_settings(environ={}, overrides=overrides)
+    return load_settings(environ={}, overrides={"transport.modes.auto_mode": False, **overrides})
 
 
 class Ended(Exception):

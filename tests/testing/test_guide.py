@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import broken_controllers
+import broken_detectors
 import broken_lanes
 import broken_transports
 import pytest
@@ -31,6 +32,7 @@ def nothing_left() -> Iterator[None]:
 
 def test_the_tables_of_rules_are_in_step_with_the_code() -> None:
     mutants = {**broken_transports.MUTANTS, **broken_lanes.MUTANTS, **broken_controllers.MUTANTS}
+    mutants |= broken_detectors.MUTANTS  # type: ignore[arg-type]
     assert ROW.findall(GUIDE.read_text()) == [
         (name, promise, mutants[name].__name__) for name, promise in rules().items()
     ]

@@ -25,6 +25,7 @@ VALUES = [
     (148, "=I", 20_000),
     (156, "=I", 1234),
     (160, "=Q", 12_500_000),
+    (176, "=Q", 1_500_000),
     (208, "=Q", 4344),
 ]
 
@@ -50,6 +51,7 @@ def test_every_field_is_read_from_its_place_and_unit() -> None:
         bytes_acknowledged=70_001,
         bytes_received=80_002,
         bytes_waiting=3 * 1448,
+        peer_limited_s=1.5,
         mss=1448,
         congestion="bbr",
     )
