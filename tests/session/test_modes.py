@@ -123,7 +123,12 @@ def test_either_side_may_force_a_mode(net: Any, caplog: pytest.LogCaptureFixture
     net.wait_until(lambda: other.mode.forced_by_peer, "the other one to know")
     assert asking.mode.switches == other.mode.switches == 1
     assert asking.metrics().mode == "internet" and asking.metrics().switches == 1
-    lines = [record for record in caplog.records if record.getMessage() == "mode changed"]
+
+    def told() -> list[Any]:
+        return [record for record in caplog.records if record.getMessage() == "mode changed"]
+
+    net.wait_until(lambda: len(told()) == 2, "both to have said so")
+    lines = told()
     assert [(line.old_mode, line.new_mode) for line in lines] == [("datacenter", "internet")] * 2
     assert all("asked for" in line.why for line in lines)
     asking.force_mode("datacenter")
