@@ -172,6 +172,17 @@ class Trial:
             call.ended(max(0.0, deadline - time.monotonic()))
 
 
+def attempt(trial: T, rule: Rule[T], what: str) -> None:
+    """Try all of ``rule`` on a thread of its own; whatever the ``what`` that is tried raises breaks it."""
+    call = Call(rule.name, rule.attempt, trial)
+    if not call.ended(trial.patience_s):
+        trial.fail(f"the {what} to return", f"it was still busy after {trial.patience_s:g} s")
+    if isinstance(call.error, ConformanceError):
+        raise call.error
+    if call.error is not None:
+        trial.fail("no exception", f"the {what} raised {call.error!r}")
+
+
 class Counted:
     """How many threads and descriptors the process had; other parts of the program have theirs."""
 

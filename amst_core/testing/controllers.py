@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from ..interfaces import API_VERSION, AckSample, CongestionController
-from .conformance import Call, Conformance, ConformanceError, Counted, Rule, Trial, chosen
+from .conformance import Conformance, Counted, Rule, Trial, attempt, chosen
 from .controller_trial import BDP, DELAY, MSS, RATE, ControllerTrial, Feed, MakeController, shifted, tell
 from .simulator import Bernoulli, FluidFlow
 
@@ -41,20 +41,9 @@ def check_controller(
     held: list[str] = []
     for rule in chosen(CONTROLLER_RULES, only):
         with ControllerTrial(rule.name, patience_s, make_controller) as trial:
-            _attempt(trial, rule)
+            attempt(trial, rule, "controller")
             held.append(rule.name)
     return Conformance(tuple(held), {})
-
-
-def _attempt(trial: ControllerTrial, rule: Rule[ControllerTrial]) -> None:
-    """Try ``rule`` on a thread of its own; whatever a controller raises breaks it."""
-    call = Call(rule.name, rule.attempt, trial)
-    if not call.ended(trial.patience_s):
-        trial.fail("the controller to return", f"it was still busy after {trial.patience_s:g} s")
-    if isinstance(call.error, ConformanceError):
-        raise call.error
-    if call.error is not None:
-        trial.fail("no exception", f"the controller raised {call.error!r}")
 
 
 # ---- what it says of itself -----------------------------------------------------------------------

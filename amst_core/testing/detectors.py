@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from ..interfaces import API_VERSION, Mode, ModeDecision, ModeDetector, PathSample
-from .conformance import Call, Conformance, ConformanceError, Counted, Rule, Trial, chosen
+from .conformance import Conformance, Counted, Rule, Trial, attempt, chosen
 
 MakeDetector = Callable[[], ModeDetector]
 """Makes a new detector."""
@@ -52,13 +52,7 @@ def check_detector(
     held: list[str] = []
     for rule in chosen(DETECTOR_RULES, only):
         with DetectorTrial(rule.name, patience_s, make_detector) as trial:
-            call = Call(rule.name, rule.attempt, trial)
-            if not call.ended(patience_s):
-                trial.fail("the detector to return", f"it was still busy after {patience_s:g} s")
-            if isinstance(call.error, ConformanceError):
-                raise call.error
-            if call.error is not None:
-                trial.fail("no exception", f"the detector raised {call.error!r}")
+            attempt(trial, rule, "detector")
             held.append(rule.name)
     return Conformance(tuple(held), {})
 
